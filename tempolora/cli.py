@@ -1,0 +1,221 @@
+"""The commands: each reads one configuration, checks what can be checked, and does one thing.
+
+Nothing heavy is imported until a command's arguments and configuration have been found good.
+Exit code 0: done. 2, with one line on stderr: the user's mistake. 1: anything else.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tempolora.config import Config, ConfigError, load_config
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = _parser().parse_args(arguments)
+    _set_up_logging()
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(f"tempolora: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"tempolora: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tempolora", description="LoRAs for Wan 2.2 whose videos move in natural tempo."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--config", type=Path, help="JSON file; without it the toy configuration")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="override one setting; may be given often",
+        )
+        return sub
+
+    command("demo", _demo, "Draw toy clips and train, sample and report on the embedded TinyWan.")
+    command("precompute", _precompute, "Turn the clips of data.source into shards.")
+    train = command("train", _train, "Train on data.shards; LoRA files, videos and a report.")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|FOLDER",
+        help="go on from the newest checkpoint in output.dir (default), start over, or go on "
+        "from a checkpoint folder",
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    sample = command("sample", _sample, "Write one video with the base model and LoRA files.")
+    sample.add_argument("--prompt", required=True, help="what the video shows")
+    sample.add_argument("--negative", help="what it shall not show; Wan's own by default")
+    sample.add_argument(
+        "--lora", type=Path, action="append", default=[], help="LoRA file or output folder"
+    )
+    sample.add_argument("--image", type=Path, help="first frame, for image to video")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--steps", type=int, help="sampler steps; output.sample_steps by default")
+    sample.add_argument("--out", type=Path, default=Path("sample.mp4"), help="mp4 to write")
+    export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
+    export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
+    export.add_argument("--out", type=Path, help="file to write; in output.dir by default")
+    command("report", _report, "Write report.html in output.dir again.")
+    command("verify", _verify, "Check shards and checkpoints against their checksums.")
+    return parser
+
+
+def _set_up_logging() -> None:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    prefix = f"[{rank}/{size}] " if size != "1" else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
+    logging.getLogger("tempolora").setLevel(logging.INFO)
+
+
+def default_config() -> Path:
+    """The toy configuration, in a checkout or in an installed package."""
+    package = Path(__file__).parent
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / "toy.json").is_file():
+            return folder / "toy.json"
+    raise FileNotFoundError("configs/toy.json is neither in the checkout nor in the package")
+
+
+def _load(options: argparse.Namespace) -> Config:
+    """The configuration, and the mistakes in paths that it shows."""
+    from tempolora.model.location import check_model
+
+    cfg = load_config(options.config or default_config(), options.set)
+    check_model(cfg.model)
+    return cfg
+
+
+def _demo(options: argparse.Namespace) -> None:
+    if options.config is not None:
+        raise ConfigError("--config: the demo has its own; use `tempolora train` for yours")
+    _prepare_and_train(_load(options), "auto")
+
+
+def _precompute(options: argparse.Namespace) -> None:
+    cfg = _load(options)
+    _check_source(cfg)
+    _run_precompute(cfg)
+
+
+def _check_source(cfg: Config) -> None:
+    """Find the mistakes in the clip list before anything is loaded; draw the toy set if asked."""
+    from tempolora.data.clips import list_clips
+    from tempolora.data.toy import draw_toy_set
+
+    source = Path(cfg.data.source)
+    if cfg.data.draw_toy and not source.exists() and _rank() == 0:
+        log.info("no data found: drawing the toy set into %s", source)
+        size = {"height": cfg.data.height, "width": cfg.data.width}
+        frames = cfg.data.num_frames
+        draw_toy_set(
+            source, fps=cfg.timebase.fps, num_frames=frames, **size, clips=12, seed=cfg.train.seed
+        )
+    list_clips(source)
+
+
+def _rank() -> int:
+    from tempolora.train.world import place
+
+    return place()[0]
+
+
+def _run_precompute(cfg: Config) -> None:
+    from tempolora.data.precompute import precompute
+    from tempolora.model.encoders import WanEncoders
+    from tempolora.train.world import pick_device, place
+
+    rank, size, local_rank = place()
+    precompute(cfg, WanEncoders(cfg, pick_device(local_rank)), rank, size)
+
+
+def _train(options: argparse.Namespace) -> None:
+    _prepare_and_train(_load(options), options.resume)
+
+
+def _prepare_and_train(cfg: Config, resume: str) -> None:
+    from tempolora.data.shards import MANIFEST
+    from tempolora.train.world import place
+
+    if place()[1] == 1 and not (Path(cfg.data.shards) / MANIFEST).is_file():
+        _check_source(cfg)
+        _run_precompute(cfg)
+    from tempolora.run import train_and_report
+
+    train_and_report(cfg, resume)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    cfg = _load(options)
+    steps = options.steps or cfg.output.sample_steps
+    if steps < 1:
+        raise ConfigError("--steps: must be at least 1 (output.sample_steps is 0 here)")
+    for path in options.lora:
+        if not path.exists():
+            raise ConfigError(f"--lora: there is no {path}")
+    from tempolora.results.sample import loras_in, sample_from_prompt
+    from tempolora.train.world import pick_device
+    from tempolora.variants import NEGATIVE_PROMPT
+
+    sample_from_prompt(
+        cfg,
+        options.out,
+        prompt=options.prompt,
+        negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
+        loras=loras_in(options.lora, cfg.variant.experts),
+        image=options.image,
+        seed=options.seed,
+        steps=steps,
+        device=pick_device(0),
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    cfg = _load(options)
+    from tempolora.run import export_checkpoint
+    from tempolora.train.checkpoint import open_checkpoint
+
+    path = export_checkpoint(open_checkpoint(options.checkpoint), Path(cfg.output.dir), options.out)
+    log.info("wrote %s", path)
+
+
+def _report(options: argparse.Namespace) -> None:
+    cfg = _load(options)
+    from tempolora.results.report import write_report
+
+    log.info("wrote %s", write_report(Path(cfg.output.dir)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    cfg = _load(options)
+    from tempolora.data.shards import verify_shards
+    from tempolora.train.checkpoint import open_checkpoint
+
+    samples = verify_shards(Path(cfg.data.shards))
+    log.info("%s: %d samples, all as written", cfg.data.shards, samples)
+    for folder in sorted(Path(cfg.output.dir).glob("checkpoints/*/step-*")):
+        open_checkpoint(folder)
+        log.info("%s: as written", folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

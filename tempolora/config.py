@@ -1,0 +1,384 @@
+"""One strict JSON file -> one `Config`; every mistake in it is one sentence naming the key.
+
+Nothing heavy is imported here, so that a typing error costs no time. Defaults stand here alone.
+`python -m tempolora.config` prints the JSON schema that editors complete from.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tempolora.timebase import TimeBase
+from tempolora.variants import TEMPORAL_STRIDE, VARIANTS, Variant
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Hz = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(Exception):
+    """A user's mistake: one sentence that says what is wrong, where, and what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelFiles(_Section):
+    transformer: str | None = None
+    """Single-file checkpoint (.safetensors) of the high-noise or only transformer."""
+    transformer_2: str | None = None
+    """Single-file checkpoint of the low-noise transformer."""
+    vae: str | None = None
+    """Single-file checkpoint of the VAE."""
+
+
+class ModelConfig(_Section):
+    id: str = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    """Diffusers folder, hub id, or "tinywan" for the embedded small model."""
+    variant: Literal["t2v_a14b", "i2v_a14b", "ti2v_5b"] = "t2v_a14b"
+    """Which Wan 2.2 model this is: native frame rate, sigma shift, expert boundary, VAE."""
+    task: Literal["t2v", "i2v"] | None = None
+    """Text to video or image to video; by default what the variant is made for."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """"random" builds the full-size architecture at random weights (for speed trials)."""
+    expert: Literal["high", "low", "both"] | None = None
+    """Which expert to train; by default both. A one-transformer model takes none."""
+    base: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the frozen weights."""
+    files: ModelFiles = ModelFiles()
+    """Single-file checkpoints to read in place of parts of the folder."""
+
+
+class DataConfig(_Section):
+    source: str = "wan22_data"
+    """Folder of clips with prompts.txt or metadata.jsonl."""
+    draw_toy: bool = False
+    """Draw the toy set into `source` where that folder is missing."""
+    shards: str = "wan22_shards"
+    """Folder that precompute fills and training reads."""
+    num_frames: int = 49
+    """Pixel frames per sample, 4k+1."""
+    height: Positive = 576
+    """Pixels; a multiple of 16 (32 for the 5B)."""
+    width: Positive = 1024
+    """Pixels; a multiple of 16 (32 for the 5B)."""
+    fps: Hz | None = None
+    """Frames per second that clips are brought to; by default the model's native rate."""
+    windows: Literal["first", "all", "spaced"] = "first"
+    """Which windows of num_frames to cut from each clip."""
+    max_windows: Positive = 4
+    """Windows per clip with windows: "spaced"."""
+    resample: Literal["auto", "nearest", "blend"] = "auto"
+    """auto: motion-compensated in-betweens where no source frame falls on the output time."""
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which decoding one clip is given up."""
+    samples_per_shard: Positive = 64
+    """Samples per shard file."""
+    workers: Count = 2
+    """Loader processes per training process."""
+
+
+class RhythmConfig(_Section):
+    signal: Literal["latent"] = "latent"
+    """What the rhythm terms look at: latent frames, whose spectrum ends at fps/8."""
+    spec_weight: Weight = 0.05
+    """Weight of the spectral term; 0 switches it off."""
+    spec_cutoff_hz: Hz = 1.5
+    """Jitter counts from this frequency up."""
+    band_hz: tuple[Hz, Hz] = (0.5, 1.5)
+    """The band of natural motion, lowest and highest frequency."""
+    tv_weight: Weight = 0.01
+    """Weight of the temporal smoothness term; 0 switches it off."""
+
+
+class LoraConfig(_Section):
+    rank: Positive = 16
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale is alpha / rank; by default alpha = rank."""
+    target: Literal["temporal", "qk", "self_attention", "all_linear"] = "temporal"
+    """temporal: time rows of self-attention q and k; the others train whole linear layers."""
+    time_rows: Literal["auto"] | int = "auto"
+    """Rows per head with target "temporal": even, at most 44; auto: the RoPE pairs that turn
+    more than 0.5 rad over the clip."""
+    blocks: tuple[Count, Positive] | None = None
+    """First and one past the last transformer block to adapt; by default all."""
+
+
+class TrainConfig(_Section):
+    max_steps: Positive = 800
+    """Optimizer steps per expert."""
+    batch_size: Positive = 1
+    """Samples per process and forward pass."""
+    gradient_accumulation: Positive = 1
+    """Forward passes per optimizer step."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: to zero along a cosine, or constant."""
+    warmup_steps: Count = 20
+    """Steps of linear warm-up."""
+    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    """adamw8bit: bitsandbytes, blockwise 8-bit states; adamw: torch, fp32 states."""
+    weight_decay: Weight = 0.01
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    sigma_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Density of u before the shift: uniform, or logit-normal (0, 1)."""
+    caption_dropout: Share = 0.1
+    """Share of samples trained with the empty prompt."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Keep and export an exponential moving average of the LoRA."""
+    checkpointing: Literal["none", "full"] = "full"
+    """Gradient checkpointing: none, or every transformer block is recomputed."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    seed: Count = 0
+    """Seed of LoRA initialisation, data order, noise and sigma."""
+    checkpoint_every: Positive = 100
+    """Optimizer steps between checkpoints; the last step always gets one."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept per expert, the newest."""
+    log_every: Positive = 1
+    """Optimizer steps between lines of metrics.jsonl."""
+
+
+class ParallelConfig(_Section):
+    engine: Literal["auto", "plain", "ddp", "fsdp", "deepspeed"] = "auto"
+    """auto: deepspeed if its launcher started us, else plain on one process, else ddp where the
+    base fits beside its activations, else fsdp."""
+    zero_stage: Literal[2, 3] = 3
+    """ZeRO stage of the deepspeed engine."""
+    deepspeed: dict[str, Any] = {}
+    """Keys laid over the DeepSpeed configuration derived from this file."""
+
+
+class OutputConfig(_Section):
+    dir: str = "wan22_lora_out"
+    """Folder for LoRA files, videos, metrics, checkpoints and the report."""
+    prompts: tuple[str, ...] = ()
+    """Prompt of the before/after videos (the first); by default the first caption."""
+    sample_steps: Count = 40
+    """Sampler steps of the before/after videos; 0: none are made."""
+    sample_seed: Count = 0
+    """Seed of the before/after videos."""
+    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Loggers beside metrics.jsonl."""
+
+
+class Config(_Section):
+    """Everything a run depends on; `variant_facts`, `timebase` and `experts` are derived."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rhythm: RhythmConfig = RhythmConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.model.variant]
+
+    @property
+    def task(self) -> str:
+        return self.model.task or self.variant.tasks[0]
+
+    @property
+    def timebase(self) -> TimeBase:
+        return TimeBase(self.data.fps or self.variant.fps, self.data.num_frames)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts to train, in order."""
+        if self.model.expert in (None, "both"):
+            return self.variant.experts
+        return (self.model.expert,)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one sample's latents."""
+        variant, data = self.variant, self.data
+        stride = variant.spatial_stride
+        frames = self.timebase.latent_frames
+        return variant.latent_channels, frames, data.height // stride, data.width // stride
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        for check in (_check_model, _check_sizes, _check_lora, _check_rhythm):
+            check(self)
+        return self
+
+
+def _check_model(cfg: Config) -> None:
+    model, variant = cfg.model, cfg.variant
+    if cfg.task not in variant.tasks:
+        raise ConfigError(
+            f"model.task: {model.variant} does not do {model.task}; "
+            f"allowed: {', '.join(variant.tasks)}"
+        )
+    if model.expert and variant.experts == ("single",):
+        raise ConfigError(f"model.expert: {model.variant} has one transformer; leave expert out")
+    if model.files.transformer_2 and variant.experts == ("single",):
+        raise ConfigError(f"model.files.transformer_2: {model.variant} has one transformer")
+
+
+def _check_sizes(cfg: Config) -> None:
+    data, multiple = cfg.data, cfg.variant.size_multiple
+    stride = TEMPORAL_STRIDE
+    if data.num_frames <= stride or data.num_frames % stride != 1:
+        raise ConfigError(
+            f"data.num_frames: {data.num_frames} is not {stride}k+1; the nearest allowed is "
+            f"{max(1, round((data.num_frames - 1) / stride)) * stride + 1}"
+        )
+    for key in ("height", "width"):
+        value = getattr(data, key)
+        if value % multiple:
+            raise ConfigError(
+                f"data.{key}: {value} is not divisible by {multiple}, as {cfg.model.variant} "
+                f"needs; the nearest allowed is {max(1, round(value / multiple)) * multiple}"
+            )
+
+
+def _check_lora(cfg: Config) -> None:
+    rows = cfg.lora.time_rows
+    if rows != "auto":
+        if cfg.lora.target != "temporal":
+            raise ConfigError(
+                f"lora.time_rows: has no meaning with lora.target {cfg.lora.target!r}; leave it out"
+            )
+        if not 2 <= rows <= 44 or rows % 2:
+            raise ConfigError(
+                f'lora.time_rows: given {rows}; allowed: "auto" or an even number from 2 to 44'
+            )
+    if cfg.lora.blocks and cfg.lora.blocks[0] >= cfg.lora.blocks[1]:
+        raise ConfigError(f"lora.blocks: {list(cfg.lora.blocks)} holds no block (first, end)")
+
+
+def _check_rhythm(cfg: Config) -> None:
+    rhythm, timebase = cfg.rhythm, cfg.timebase
+    low, high = rhythm.band_hz
+    if low >= high:
+        raise ConfigError(f"rhythm.band_hz: {low} Hz is not below {high} Hz")
+    if rhythm.spec_weight == 0:
+        return
+    bins = timebase.latent_bins_hz[1:]
+    carried = (
+        f"{cfg.data.num_frames} frames at {timebase.fps:g} fps carry {bins[0]:.2f} to "
+        f'{bins[-1]:.2f} Hz in the latents (rhythm.signal "latent")'
+    )
+    if rhythm.spec_cutoff_hz > bins[-1]:
+        raise ConfigError(
+            f"rhythm.spec_cutoff_hz: no frequency reaches {rhythm.spec_cutoff_hz:g} Hz: {carried}; "
+            f"lower it to at most {bins[-1]:.2f}"
+        )
+    if not any(low <= hz <= high for hz in bins):
+        raise ConfigError(f"rhythm.band_hz: no frequency lies in {low:g} to {high:g} Hz: {carried}")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file (None: all defaults) and lay `section.key=value` overrides over it.
+
+    Raises ConfigError with one sentence for a missing or malformed file, an unknown key, a wrong
+    type or value, or a combination that cannot work.
+    """
+    settings = _read_json(path) if path else {}
+    settings.pop("$schema", None)
+    for override in overrides:
+        _apply(settings, override)
+    where = f"{path}: " if path else ""
+    try:
+        return Config.model_validate_json(json.dumps(settings))
+    except ValidationError as error:
+        raise ConfigError(where + _sentence(error)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{path}: the key {key!r} stands there twice; keep one")
+        return dict(pairs)
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text, object_pairs_hook=no_duplicates)
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a UTF-8 text file") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: must hold one JSON object of sections")
+    return settings
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set: {override!r} is not section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string: --set data.shards=my_shards
+    for part in parts[:-1]:
+        settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"--set: {override!r}: {part!r} is not a section")
+    settings[parts[-1]] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem pydantic found, in one line."""
+    problem = error.errors()[0]
+    location = _key_path(problem["loc"])
+    key = ".".join(location)
+    more = len({tuple(_key_path(other["loc"])) for other in error.errors()}) - 1
+    tail = f" (and {more} more)" if more else ""
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_keys_beside(location))
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}{tail}"
+    given = json.dumps(problem["input"], ensure_ascii=False)
+    allowed = problem["msg"].removeprefix("Input should be ")
+    return f"{key or 'the file'}: given {given}; allowed: {allowed}{tail}"
+
+
+def _key_path(loc: tuple[int | str, ...]) -> list[str]:
+    """The key alone: pydantic adds list positions and the names of a union's members."""
+    path, section = [], Config
+    for part in loc:
+        if not (isinstance(section, type) and issubclass(section, _Section)):
+            break
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        section = field.annotation if field else None
+    return path
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    section: Any = Config
+    for name in location[:-1]:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
+
+
+if __name__ == "__main__":
+    print(json.dumps(Config.model_json_schema(), indent=2))

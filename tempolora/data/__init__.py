@@ -1,0 +1,1 @@
+"""Clips become shards here, and shards become batches."""

@@ -1,0 +1,296 @@
+"""The decoding worker, `python -m tempolora.data.decode`: one video file in, windows of frames out.
+
+It runs in a process of its own (`clips.read_clip` starts it) because a bad file can crash or hang
+a decoder. A JSON request on stdin, an answer in `clip.json`, frames in .npy files. PyAV demuxes
+(timestamps, rotation, sound) and checks that the stream is whole; decord reads the frames.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import cv2
+import decord
+import numpy as np
+
+from tempolora.data import resample
+from tempolora.data.clips import ClipRejected, WindowSpec
+
+AUDIO_RATE_HZ = 22_050  # librosa's own rate, which its onset settings are tuned for
+MAX_THREADS = 2
+STRIDE = 4  # Wan's clips have 4 k + 1 frames
+SAME_TIME_S = 0.002  # decord and PyAV agree on a timestamp
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What demuxing tells of the video stream: sorted times (N,) in s, rotation in degrees."""
+
+    pts_s: np.ndarray
+    rotation: int
+
+
+def main() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    cv2.setNumThreads(MAX_THREADS)
+    request = json.loads(sys.stdin.read())
+    workdir = Path(request["workdir"])
+    try:
+        answer = decode(Path(request["path"]), WindowSpec(**request["spec"]), workdir)
+    except ClipRejected as reason:
+        answer = {"rejected": str(reason)}
+    partial = workdir / "clip.json.part"
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    os.replace(partial, workdir / "clip.json")
+
+
+def decode(path: Path, spec: WindowSpec, workdir: Path) -> dict:
+    """Write the windows of `path` and its sound into `workdir`; the answer for clip.json.
+
+    Raises ClipRejected where the file or its timing will not do.
+    """
+    stream = read_stream(path)
+    picks = resample.plan_picks(stream.pts_s, spec.fps) if len(stream.pts_s) > 1 else []
+    check_length(stream.pts_s, picks, spec)
+    starts, left_out = choose_windows(picks, stream.pts_s, spec)
+    last = max(picks[start + spec.num_frames - 1].right for start in starts)
+    last = min(last + 1, len(stream.pts_s) - 1)  # motion compensation looks one frame further
+    check_whole(path, stream.pts_s[: last + 1])
+    get, decoder, decoder_note = open_frames(path, stream)
+
+    @lru_cache(maxsize=6)
+    def fitted(index: int) -> np.ndarray:
+        return fit(get(index), spec.height, spec.width)
+
+    make = resample.frame_maker(fitted, stream.pts_s, spec.resample)
+    windows = []
+    for index, start in enumerate(starts):
+        file = f"window_{index:03d}.npy"
+        chosen = picks[start : start + spec.num_frames]
+        origins = write_window(workdir / file, make, chosen, spec)
+        first_s = stream.pts_s[0]
+        windows.append(
+            {
+                "index": index,
+                "start_s": output_time(start, stream.pts_s, spec.fps) - float(first_s),
+                "file": file,
+                "inbetween": origins.count("inbetween"),
+                "nearest_fallback": origins.count("nearest") if spec.resample == "auto" else 0,
+            }
+        )
+    rate = resample.source_fps(stream.pts_s)
+    return {
+        "sha256": sha256_of(path),
+        "source_fps": rate,
+        "duration_s": float(stream.pts_s[-1] - stream.pts_s[0]) + 1 / rate,
+        "rotation": stream.rotation,
+        "decoder": decoder,
+        "decoder_note": decoder_note,
+        "windows": windows,
+        "left_out": left_out,
+        **save_audio(path, float(stream.pts_s[0]), workdir / "audio.npy"),
+    }
+
+
+def read_stream(path: Path) -> Stream:
+    """Demux `path`; decode nothing but its first frame, for the rotation."""
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise ClipRejected("it has no video stream")
+            video = container.streams.video[0]
+            packets = [p for p in container.demux(video) if p.size and not p.is_discard]
+            untimed = sum(p.pts is None for p in packets)
+            if untimed:
+                raise ClipRejected(f"{untimed} of its {len(packets)} frames have no timestamp")
+            pts_s = np.sort([float(p.pts * p.time_base) for p in packets])
+        with av.open(path) as container:
+            first = next(container.decode(video=0), None)
+    except (av.error.FFmpegError, OSError) as error:
+        raise ClipRejected(f"it cannot be opened as a video ({error.strerror})") from None
+    if first is None:
+        raise ClipRejected("not one frame of it can be decoded")
+    twins = int((np.diff(pts_s) <= 0).sum())
+    if twins:
+        raise ClipRejected(f"{twins} of its {len(pts_s)} frames share a timestamp with another")
+    return Stream(pts_s, -first.rotation % 360)
+
+
+def check_length(pts_s: np.ndarray, picks: list[resample.Pick], spec: WindowSpec) -> None:
+    """Raise ClipRejected if the clip is slower than the target or shorter than one window."""
+    if len(pts_s) > 1 and resample.is_too_slow(pts_s, spec.fps):
+        rate = resample.source_fps(pts_s)
+        raise ClipRejected(
+            f"its {rate:.4g} fps are slower than the {spec.fps:g} fps of the model, "
+            "and motion is never invented"
+        )
+    if len(picks) < spec.num_frames:
+        fitting = (len(picks) - 1) // STRIDE * STRIDE + 1
+        hint = f"; num_frames {fitting} would fit" if fitting > 1 else ""
+        raise ClipRejected(
+            f"it gives {len(picks)} frames at {spec.fps:g} fps and {spec.num_frames} are needed"
+            + hint
+        )
+
+
+def choose_windows(
+    picks: list[resample.Pick], pts_s: np.ndarray, spec: WindowSpec
+) -> tuple[list[int], list[str]]:
+    """First picks of the windows that can be used, and why others cannot. Raises ClipRejected."""
+    room = len(picks) - spec.num_frames
+    if spec.windows == "first":
+        starts = [0]
+    elif spec.windows == "all":
+        starts = list(range(0, room + 1, spec.num_frames))
+    else:
+        assert spec.windows == "spaced", spec.windows
+        num = min(spec.max_windows, len(picks) // spec.num_frames)
+        starts = [round(start) for start in np.linspace(0, room, num)] if num > 1 else [0]
+    usable, left_out = [], []
+    for start in starts:
+        hole = resample.hole_in(picks[start : start + spec.num_frames], pts_s, spec.fps)
+        if hole is None:
+            usable.append(start)
+            continue
+        time = output_time(start, pts_s, spec.fps) - pts_s[0]
+        left_out.append(
+            f"window at {time:.2f} s left out: {hole:.3f} s without a frame, "
+            f"{resample.HOLE / spec.fps:.3f} s can be bridged"
+        )
+    if not usable:
+        raise ClipRejected(f"no window of it can be used: {left_out[0]}")
+    return usable, left_out
+
+
+def output_time(k: int, pts_s: np.ndarray, fps: float) -> float:
+    """Time (s) of output frame k on the source's clock."""
+    if resample.is_one_to_one(pts_s, fps):
+        return float(pts_s[k])
+    return float(pts_s[0]) + k / fps
+
+
+def check_whole(path: Path, pts_s: np.ndarray) -> None:
+    """Decode strictly up to the last of `pts_s`; raise ClipRejected at the first damage.
+
+    decord hides damage: it repeats a frame and goes on.
+    """
+    due = set(np.round(pts_s, 4))
+    try:
+        with av.open(path) as container:
+            video = container.streams.video[0]
+            video.thread_type = "AUTO"
+            video.codec_context.options = {"err_detect": "+crccheck+bitstream+buffer+careful"}
+            for frame in container.decode(video):
+                if frame.is_corrupt:
+                    raise ClipRejected(f"its video stream is damaged at {frame.time:.2f} s")
+                due.discard(np.round(frame.time, 4))
+                if not due:
+                    return
+    except av.error.FFmpegError as error:
+        raise ClipRejected(f"its video stream is damaged ({error.strerror})") from None
+    raise ClipRejected(f"its video stream is damaged: {len(due)} frames do not decode")
+
+
+def open_frames(path: Path, stream: Stream) -> tuple[Callable[[int], np.ndarray], str, str | None]:
+    """get(i) -> upright source frame i, the decoder's name, and why it is not decord."""
+    num = len(stream.pts_s)
+    try:
+        reader = decord.VideoReader(str(path), num_threads=MAX_THREADS)
+        times = reader.get_frame_timestamp(range(len(reader)))[:, 0] if len(reader) else []
+    except (decord.DECORDError, RuntimeError) as error:
+        why = f"cannot open it ({str(error).splitlines()[0]})"
+    else:
+        if len(reader) != num:
+            why = f"finds {len(reader)} frames where there are {num}"
+        elif np.abs((times - times[0]) - (stream.pts_s - stream.pts_s[0])).max() > SAME_TIME_S:
+            why = "gives its frames other timestamps"
+        else:
+            return lambda index: reader[index].asnumpy(), "decord", None
+    return pyav_frames(path, stream), "pyav", f"decord {why}; PyAV decodes it instead"
+
+
+def pyav_frames(path: Path, stream: Stream) -> Callable[[int], np.ndarray]:
+    """get(i) by PyAV, for i that never falls; the last few frames can be had again."""
+    container = av.open(path)
+    decoded = enumerate(container.decode(video=0))
+    recent: dict[int, np.ndarray] = {}
+
+    def get(index: int) -> np.ndarray:
+        while index not in recent:
+            position, frame = next(decoded)
+            recent[position] = np.rot90(frame.to_ndarray(format="rgb24"), -stream.rotation // 90)
+            if len(recent) > 8:
+                recent.pop(min(recent))
+        return recent[index]
+
+    return get
+
+
+def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale (H, W, 3) to cover height x width, aspect kept, and cut out the middle."""
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    size = max(width, round(frame.shape[1] * scale)), max(height, round(frame.shape[0] * scale))
+    if size != (frame.shape[1], frame.shape[0]):
+        kernel = cv2.INTER_AREA if scale < 1 else cv2.INTER_LANCZOS4
+        frame = cv2.resize(frame, size, interpolation=kernel)
+    top, left = (size[1] - height) // 2, (size[0] - width) // 2
+    return np.ascontiguousarray(frame[top : top + height, left : left + width])
+
+
+def write_window(path: Path, make: Callable, picks: list, spec: WindowSpec) -> list[str]:
+    """Make the frames of `picks` and write them to `path`, one at a time; their origins."""
+    shape = (spec.num_frames, spec.height, spec.width, 3)
+    frames = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    origins = []
+    for k, pick in enumerate(picks):
+        made = make(pick)
+        frames[k] = made.frame
+        origins.append(made.origin)
+    frames.flush()
+    return origins
+
+
+def save_audio(path: Path, first_frame_s: float, target: Path) -> dict:
+    """Decode the first sound track to mono float32; the sound's part of the answer.
+
+    A missing or broken track does not reject the clip: `no_audio` says why there is none.
+    """
+    none = {"audio_rate": None, "audio_start_s": None}
+    try:
+        with av.open(path) as container:
+            if not container.streams.audio:
+                return none | {"no_audio": "the file has no sound track"}
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE_HZ)
+            start_s, chunks = None, []
+            for frame in container.decode(container.streams.audio[0]):
+                if start_s is None:
+                    start_s = frame.time or 0.0
+                chunks += [out.to_ndarray()[0] for out in resampler.resample(frame)]
+            if start_s is not None:
+                chunks += [out.to_ndarray()[0] for out in resampler.resample(None)]
+    except (av.error.FFmpegError, ValueError) as error:
+        return none | {"no_audio": f"its sound track does not decode ({error})"}
+    if not chunks:
+        return none | {"no_audio": "its sound track is empty"}
+    np.save(target, np.concatenate(chunks), allow_pickle=False)
+    return {
+        "audio_rate": AUDIO_RATE_HZ,
+        "audio_start_s": float(start_s) - first_frame_s,
+        "no_audio": None,
+    }
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Shards to batches, in an order that depends on the seed and the step alone.
+
+The draws of a run are numbered: draw n is one sample of one epoch's permutation. Which process
+takes draw n follows from the step and the number of processes, so that a resumed run goes on with
+the very next sample, and a run on more processes sees the same samples in the same order.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from tempolora.config import ConfigError
+from tempolora.data.shards import Sample, ShardReader
+
+
+def sample_of_draw(draw: int, num_samples: int, seed: int) -> int:
+    """Which sample (its position in key order) draw n takes; each epoch visits all of them."""
+    epoch, position = divmod(draw, num_samples)
+    return int(_order(num_samples, seed, epoch)[position])
+
+
+@lru_cache(maxsize=2)
+def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+class _Draws(Dataset):
+    def __init__(self, reader: ShardReader, seed: int) -> None:
+        self._reader, self._seed = reader, seed
+
+    def __getitem__(self, draw: int) -> tuple[int, Sample] | ConfigError:
+        try:
+            return draw, self._reader.read(sample_of_draw(draw, len(self._reader), self._seed))
+        except ConfigError as error:
+            return error  # raised in a loader process, it would arrive wrapped in a traceback
+
+
+def batches(
+    reader: ShardReader,
+    collate: Callable[[list[tuple[int, Sample]]], Any],
+    *,
+    seed: int,
+    batch_size: int,
+    first_draw: int,
+    microsteps: int,
+    rank: int,
+    world: int,
+    workers: int,
+) -> Iterator[Any]:
+    """What `collate` makes of each microstep's (draw, sample) pairs, read ahead by `workers`.
+
+    first_draw: draws that the run has used up, on all processes together. Raises ConfigError for
+    a damaged sample.
+    """
+    starts = (first_draw + (step * world + rank) * batch_size for step in range(microsteps))
+    loader = DataLoader(
+        _Draws(reader, seed),
+        batch_sampler=[range(start, start + batch_size) for start in starts],
+        collate_fn=partial(_collate_whole, collate),
+        num_workers=workers,
+        # fork: the workers only read files, and spawn would import torch again in each of them
+        multiprocessing_context="fork" if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, ConfigError):
+            raise batch
+        yield batch
+
+
+def _collate_whole(collate: Callable[..., Any], drawn: list[Any]) -> Any:
+    damaged = next((item for item in drawn if isinstance(item, ConfigError)), None)
+    return damaged or collate(drawn)

@@ -1,0 +1,281 @@
+"""Clips in, shards out: every frame and prompt goes through VAE and text encoder exactly once.
+
+Any number of processes share the work, clip by clip, without talking to each other: each takes
+every `world`-th clip, skips what finished shards already hold, and whoever finds everything done
+writes the manifest. A run that was killed is started again and goes on.
+"""
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tempolora.config import Config
+from tempolora.data.audio import has_sound, onset_envelope
+from tempolora.data.clips import Clip, ClipRejected, DecodedClip, WindowSpec, list_clips, read_clip
+from tempolora.data.shards import (
+    MANIFEST,
+    PROMPTS,
+    Sample,
+    ShardIndex,
+    fingerprint,
+    index_path,
+    prompt_name,
+    read_indexes,
+    refuse_other_fingerprint,
+    write_manifest,
+    write_shard,
+)
+from tempolora.files import replacing, sha256_of
+from tempolora.rhythm.tempo import motion_energy
+from tempolora.variants import NEGATIVE_PROMPT
+
+log = logging.getLogger(__name__)
+
+DECODED_AHEAD = 2  # clips being decoded while the VAE works on another
+CAPTION_BATCH = 8
+
+
+class Encoders(Protocol):
+    """What precompute needs of the models; the text encoder is gone before the VAE comes."""
+
+    def fingerprints(self) -> dict[str, str]: ...
+
+    def encode_texts(self, batches: Iterator[list[str]]) -> Iterator[list[Tensor]]:
+        """Prompts to (L, D) embeddings, batch by batch."""
+        ...
+
+    def encode_frames(self, frames_FHW3: Tensor) -> dict[str, Tensor]:
+        """uint8 frames to {"latents": (C, T, H, W)} and, for i2v A14B, "condition" beside it."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    """This process's share of the work."""
+
+    cfg: Config
+    folder: Path
+    fingerprint: dict[str, Any]
+    clips: list[Clip]
+    rank: int
+
+
+def precompute(cfg: Config, encoders: Encoders, rank: int = 0, world: int = 1) -> bool:
+    """Fill `data.shards` with this process's share; True where all shares are now done.
+
+    rank, world: this process among those that share the work. Raises ConfigError for mistakes in
+    the clip list and for a folder that holds shards of another configuration.
+    """
+    folder = Path(cfg.data.shards)
+    clips = list_clips(Path(cfg.data.source))
+    wanted = fingerprint(cfg, encoders.fingerprints())
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _finished_clips(folder, clips, wanted)
+    share = [clip for clip in clips[rank::world] if clip.file not in done]
+    log.info("%d clips, %d of them done before, %d to do here", len(clips), len(done), len(share))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".work-{rank}-") as scratch:
+        job = _Job(cfg, folder, wanted, share, rank)
+        texts = _spool_texts(job, encoders, Path(scratch))
+        _write_shards(job, encoders, texts, Path(scratch))
+    return _finish(cfg, folder, clips, wanted)
+
+
+def _finished_clips(folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> set[str]:
+    """Files that finished shards hold; a shard with a clip that has changed since is removed."""
+    current = {clip.file: clip for clip in clips}
+    finished: set[str] = set()
+    for name, index in read_indexes(folder).items():
+        refuse_other_fingerprint(folder, index.fingerprint, wanted)
+        stale = [
+            file
+            for file, identity in index.clips.items()
+            if file not in current or not _is_same(current[file], identity)
+        ]
+        if stale:
+            log.info("%s: %s changed or left the list; made again", name, ", ".join(stale))
+            (folder / MANIFEST).unlink(missing_ok=True)
+            index_path(folder / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
+        else:
+            finished |= set(index.clips)
+    return finished
+
+
+def _identity(clip: Clip) -> dict[str, Any]:
+    stat = clip.path.stat()
+    return {
+        "caption": clip.caption,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sha256": sha256_of(clip.path),
+    }
+
+
+def _is_same(clip: Clip, identity: dict[str, Any]) -> bool:
+    stat = clip.path.stat()
+    if clip.caption != identity["caption"] or stat.st_size != identity["size"]:
+        return False
+    # A copied data set has new times and the same bytes.
+    return stat.st_mtime_ns == identity["mtime_ns"] or sha256_of(clip.path) == identity["sha256"]
+
+
+def _spool_texts(job: _Job, encoders: Encoders, scratch: Path) -> dict[str, Path]:
+    """Embed every caption to a file, so that memory holds neither all of them nor two models."""
+    captions = sorted({clip.caption for clip in job.clips})
+    prompts = _stored_prompts(job.cfg) if job.rank == 0 else []
+    if prompts and (job.folder / PROMPTS).is_file():
+        stored = load_file(job.folder / PROMPTS)
+        prompts = [] if all(prompt_name(prompt) in stored for prompt in prompts) else prompts
+    wanted = captions + [prompt for prompt in prompts if prompt not in captions]
+    batches = [wanted[i : i + CAPTION_BATCH] for i in range(0, len(wanted), CAPTION_BATCH)]
+    texts = {}
+    if batches:
+        bar = tqdm(total=len(wanted), desc="captions", unit="", disable=None)
+        for batch, embedded in zip(batches, encoders.encode_texts(iter(batches)), strict=True):
+            for prompt, text_LD in zip(batch, embedded, strict=True):
+                texts[prompt] = scratch / f"{prompt_name(prompt)}.safetensors"
+                save_file({"text": text_LD.to(torch.bfloat16).contiguous()}, texts[prompt])
+            bar.update(len(batch))
+        bar.close()
+    if prompts:
+        stored = {prompt_name(p): load_file(texts[p])["text"] for p in prompts}
+        with replacing(job.folder / PROMPTS) as temporary:
+            save_file(stored, temporary)
+    return texts
+
+
+def _stored_prompts(cfg: Config) -> list[str]:
+    """Prompts that training and its videos need without a text encoder."""
+    return list(dict.fromkeys(["", NEGATIVE_PROMPT, *cfg.output.prompts]))
+
+
+def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch: Path) -> None:
+    samples: list[Sample] = []
+    index = ShardIndex(job.fingerprint)
+    for clip, decoded in _decode_ahead(job, scratch):
+        index.clips[clip.file] = _identity(clip)
+        if isinstance(decoded, ClipRejected):
+            log.warning("%s: rejected: %s", clip.file, decoded)
+            index.rejected[clip.file] = str(decoded)
+        else:
+            text_LD = load_file(texts[clip.caption])["text"]
+            samples += _samples_of(job.cfg, encoders, clip, decoded, text_LD)
+        if len(samples) >= job.cfg.data.samples_per_shard:
+            write_shard(_next_shard(job), samples, index)
+            samples, index = [], ShardIndex(job.fingerprint)
+    if index.clips:
+        write_shard(_next_shard(job), samples, index)
+
+
+def _next_shard(job: _Job) -> Path:
+    """A name no process uses: shards are numbered within the process that writes them."""
+    taken = [int(path.name[6:12]) for path in job.folder.glob(f"{job.rank:05d}-*.tar")]
+    return job.folder / f"{job.rank:05d}-{max(taken, default=-1) + 1:06d}.tar"
+
+
+def _decode_ahead(job: _Job, scratch: Path) -> Iterator[tuple[Clip, DecodedClip | ClipRejected]]:
+    """Decode the next clips in subprocesses while the caller works on this one."""
+    data = job.cfg.data
+    spec = WindowSpec(
+        fps=job.cfg.timebase.fps,
+        num_frames=data.num_frames,
+        height=data.height,
+        width=data.width,
+        windows=data.windows,
+        max_windows=data.max_windows,
+        resample=data.resample,
+    )
+
+    def start(position: int) -> Future[DecodedClip]:
+        workdir = scratch / f"clip-{position}"
+        workdir.mkdir()
+        return pool.submit(
+            read_clip, job.clips[position].path, spec, workdir, data.decode_timeout_s
+        )
+
+    bar = tqdm(job.clips, desc="clips", unit="clip", disable=None)
+    with ThreadPoolExecutor(DECODED_AHEAD) as pool:
+        running = {i: start(i) for i in range(min(DECODED_AHEAD, len(job.clips)))}
+        for position, clip in enumerate(bar):
+            try:
+                decoded: DecodedClip | ClipRejected = running.pop(position).result()
+            except ClipRejected as reason:
+                decoded = reason
+            ahead = position + DECODED_AHEAD
+            if ahead < len(job.clips):
+                running[ahead] = start(ahead)
+            yield clip, decoded
+            shutil.rmtree(scratch / f"clip-{position}")
+
+
+def _samples_of(
+    cfg: Config, encoders: Encoders, clip: Clip, decoded: DecodedClip, text_LD: Tensor
+) -> Iterator[Sample]:
+    fps, num_frames = cfg.timebase.fps, cfg.data.num_frames
+    sounding = decoded.audio is not None and has_sound(decoded.audio)
+    for window in decoded.windows:
+        frames_FHW3 = torch.from_numpy(window.frames[:])
+        latents = encoders.encode_frames(frames_FHW3)
+        rhythm = {"motion_energy": motion_energy(frames_FHW3)}
+        if sounding:
+            times_s = window.start_s - decoded.audio_start_s + torch.arange(num_frames) / fps
+            onset_F = onset_envelope(decoded.audio, decoded.audio_rate, times_s.numpy())
+            rhythm["onset"] = torch.from_numpy(onset_F)
+        key = sample_key(clip.file, window.index)
+        yield Sample(
+            key=key,
+            latents={name: value.to(torch.bfloat16) for name, value in latents.items()},
+            text=text_LD,
+            rhythm=rhythm,
+            meta={
+                "key": key,
+                "caption": clip.caption,
+                "file": clip.file,
+                "sha256": decoded.sha256,
+                "window": window.index,
+                "start_s": window.start_s,
+                "source_fps": decoded.source_fps,
+                "fps": fps,
+                "speed": 1.0,
+                "num_frames": num_frames,
+                "height": cfg.data.height,
+                "width": cfg.data.width,
+                "inbetween_frames": window.inbetween,
+                "nearest_fallback_frames": window.nearest_fallback,
+                "sound": sounding,
+                **encoders.fingerprints(),
+            },
+        )
+
+
+def sample_key(file: str, window: int) -> str:
+    """A WebDataset key: no dot, no slash, unique by the file's hash, readable by its stem."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file).stem)[:40]
+    return f"{stem}-{sha256(file.encode()).hexdigest()[:10]}-w{window:04d}"
+
+
+def _finish(cfg: Config, folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> bool:
+    """Write the manifest if every clip is accounted for and the prompts are embedded."""
+    indexes = read_indexes(folder)
+    held = {file for index in indexes.values() for file in index.clips}
+    missing = [clip for clip in clips if clip.file not in held]
+    if missing or not (folder / PROMPTS).is_file():
+        log.info("this share is done; %d clips remain with other processes", len(missing))
+        return False
+    write_manifest(folder, indexes, {"clips": len(clips)})
+    samples = sum(len(index.samples) for index in indexes.values())
+    rejected = sum(len(index.rejected) for index in indexes.values())
+    log.info("%s: %d samples of %d clips, %d rejected", folder, samples, len(clips), rejected)
+    return True

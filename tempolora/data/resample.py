@@ -1,0 +1,283 @@
+"""Source frames at their own timestamps -> frames on the model's clock, with natural motion.
+
+Picking the nearest frame writes judder into the data and averaging writes ghosts, so a source
+frame is taken where one falls on the output time, and elsewhere a motion-compensated in-between
+is made. numpy and OpenCV only: the decoding worker (`data/decode.py`) must start at once.
+
+The in-between follows each pixel along a smooth path through four source frames (dense inverse
+search flow: Kroeger et al. 2016, arXiv 1603.03590). Paths are carried to the output time by
+softmax splatting (Niklaus & Liu 2020, arXiv 2003.05534), once from each neighbour; the path along
+which the two neighbours agree best wins, and the colour is one sharp look-up in a source frame.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+SAME_RATE = 0.005  # source and target rates this close (relative) are taken one to one
+ON_TIME = 0.02  # a source frame this close (in source intervals) to the output time is taken
+HOLE = 2.0  # a gap between source frames longer than this many target intervals is a hole
+NATURAL_HZ = 3.5  # swings up to about this rate keep their full width between source frames
+FLOW_SIDE = 320  # px; flow is computed on pictures shrunk until the shorter side is within this
+PHOTO_LEVELS = 14.0  # neighbours that differ by more along a path (of 255) do not agree
+AGREED_SHARE = 0.8  # of the picture must lie on agreed paths, else the nearest frame is taken
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One output frame: source frames `left` and `right` and how far between them, 0 <= at < 1."""
+
+    left: int
+    right: int
+    at: float
+
+
+def source_fps(pts_s: np.ndarray) -> float:
+    """Mean rate in Hz of sorted timestamps (N >= 2,) in seconds."""
+    return (len(pts_s) - 1) / float(pts_s[-1] - pts_s[0])
+
+
+def is_one_to_one(pts_s: np.ndarray, fps: float) -> bool:
+    """Is the source constant-rate (to 2 ms, or 5 % of its interval) and within 0.5 % of `fps`?"""
+    rate = source_fps(pts_s)
+    uneven = np.abs(np.diff(pts_s) * rate - 1).max()
+    return abs(rate / fps - 1) <= SAME_RATE and uneven <= max(0.05, 0.002 * rate)
+
+
+def is_too_slow(pts_s: np.ndarray, fps: float) -> bool:
+    """Is the source slower than `fps` by more than 0.5 %?"""
+    return source_fps(pts_s) < fps * (1 - SAME_RATE)
+
+
+def plan_picks(pts_s: np.ndarray, fps: float) -> list[Pick]:
+    """All output frames that sorted timestamps (N,) in seconds allow at `fps` Hz, from the first.
+
+    Output k is at pts_s[0] + k / fps; at a constant rate within 0.5 % it is source frame k.
+    """
+    if is_one_to_one(pts_s, fps):
+        return [Pick(k, k, 0.0) for k in range(len(pts_s))]
+    slack = ON_TIME * np.diff(pts_s).min()
+    num = int(np.floor((pts_s[-1] - pts_s[0] + slack) * fps)) + 1
+    picks = []
+    for time in pts_s[0] + np.arange(num) / fps:
+        right = int(np.searchsorted(pts_s, time))
+        nearest = min(range(max(right - 1, 0), min(right + 1, len(pts_s))), key=_away(pts_s, time))
+        left = max(right - 1, 0)
+        gap = pts_s[min(left + 1, len(pts_s) - 1)] - pts_s[left]
+        if abs(pts_s[nearest] - time) <= ON_TIME * gap:
+            picks.append(Pick(nearest, nearest, 0.0))
+        else:
+            picks.append(Pick(left, left + 1, float((time - pts_s[left]) / gap)))
+    return picks
+
+
+def _away(pts_s: np.ndarray, time: float) -> Callable[[int], float]:
+    return lambda index: abs(pts_s[index] - time)
+
+
+def hole_in(picks: list[Pick], pts_s: np.ndarray, fps: float) -> float | None:
+    """Length (s) of the longest gap that `picks` would have to bridge, if it is a hole."""
+    first, last = picks[0].left, picks[-1].right
+    gap = float(np.diff(pts_s[first : last + 1]).max(initial=0.0))
+    return gap if gap > HOLE / fps * (1 + 1e-6) else None
+
+
+@dataclass(frozen=True)
+class Made:
+    """An output frame (H, W, 3) uint8 and where it came from: source | inbetween | nearest."""
+
+    frame: np.ndarray
+    origin: str
+
+
+def frame_maker(
+    get: Callable[[int], np.ndarray], pts_s: np.ndarray, mode: str
+) -> Callable[[Pick], Made]:
+    """A function that makes the output frame of a `Pick`; `get(i)` is source frame i, uint8 (H, W, 3).
+
+    mode "auto" makes in-betweens, "nearest" takes the nearest frame, "blend" averages by time. Call
+    it in order of time: neighbouring picks share the flow between the same two frames.
+    """
+
+    @lru_cache(maxsize=6)
+    def small_gray(index: int) -> np.ndarray:
+        gray = cv2.cvtColor(get(index), cv2.COLOR_RGB2GRAY)
+        shrink = int(np.ceil(min(gray.shape) / FLOW_SIDE))
+        size = gray.shape[1] // shrink, gray.shape[0] // shrink
+        return gray if shrink == 1 else cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+
+    @lru_cache(maxsize=8)
+    def flow(here: int, there: int) -> np.ndarray:
+        return _flow(small_gray(here), small_gray(there))
+
+    def make(pick: Pick) -> Made:
+        if pick.at == 0.0:
+            return Made(get(pick.left), "source")
+        nearest = pick.left if pick.at <= 0.5 else pick.right
+        if mode == "nearest":
+            return Made(get(nearest), "nearest")
+        left, right = get(pick.left), get(pick.right)
+        if mode == "blend":
+            return Made(cv2.addWeighted(left, 1 - pick.at, right, pick.at, 0), "inbetween")
+        assert mode == "auto", mode
+        paths, agreed_share = _paths(pick, small_gray, flow, pts_s)
+        if agreed_share < AGREED_SHARE:
+            return Made(get(nearest), "nearest")
+        return Made(_render(paths, left, right), "inbetween")
+
+    return make
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each pixel of an in-between comes from, on the (h, w) grid that flow was computed on.
+
+    `to_left`, `to_right`: offsets (h, w, 2) in px of that grid to the same thing in the two
+    neighbours; `from_left` (h, w): which neighbour gives the colour.
+    """
+
+    to_left: np.ndarray
+    to_right: np.ndarray
+    from_left: np.ndarray
+
+
+def _paths(pick: Pick, gray: Callable, flow: Callable, pts_s: np.ndarray) -> tuple[Paths, float]:
+    """The paths through the in-between of `pick`, and the share of it where the neighbours agree."""
+    left, right = pick.left, pick.right
+    gap = float(pts_s[right] - pts_s[left])
+    past = future = None
+    if left > 0:
+        past = flow(left, left - 1), float(pts_s[left - 1] - pts_s[left]) / gap
+    if right + 1 < len(pts_s):
+        future = flow(right, right + 1), float(pts_s[right + 1] - pts_s[left]) / gap
+    forth, back = flow(left, right), flow(right, left)
+    a = _carry(gray(left), gray(right), forth, back, past, future, gap, pick.at)
+    past, future = (end and (end[0], 1 - end[1]) for end in (future, past))  # time runs backwards
+    b = _carry(gray(right), gray(left), back, forth, past, future, gap, 1 - pick.at)
+    use_a = np.where(a.hit & b.hit, a.error <= b.error, a.hit)
+    agreed = (np.where(use_a, a.error, b.error) < PHOTO_LEVELS) & (a.hit | b.hit)
+    # Where both neighbours show the thing the nearer one is sharper than a mean; where one hides
+    # it, only the one that the path started from has the right colour.
+    return Paths(
+        to_left=np.where(use_a[..., None], a.to_near, b.to_far),
+        to_right=np.where(use_a[..., None], a.to_far, b.to_near),
+        from_left=np.where(agreed, pick.at <= 0.5, use_a),
+    ), float(agreed.mean())
+
+
+def _flow(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Dense flow (h, w, 2) in px: here[p] is found at there[p + flow[p]]."""
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search.setFinestScale(0)
+    return search.calc(here, there, None)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Paths that start in one neighbour, seen at the output time: offsets (h, w, 2) to the near and
+    far neighbour, their photometric error (h, w) in levels, and where any path landed (h, w)."""
+
+    to_near: np.ndarray
+    to_far: np.ndarray
+    error: np.ndarray
+    hit: np.ndarray
+
+
+def _carry(near, far, forth, back, past, future, gap_s: float, at: float) -> _Carried:
+    """Carry all pixels of `near` (time 0) along their paths to time `at` on the way to `far` (1).
+
+    `past` and `future` are (flow, time) of the next frames outwards, or None at a clip's end.
+    """
+    here = _grid(near.shape)
+    landed = here + forth
+    knots, places = [0.0, 1.0], [np.zeros_like(forth), forth]
+    if past is not None:
+        knots, places = [past[1], *knots], [past[0], *places]
+    if future is not None:
+        knots, places = [*knots, future[1]], [*places, forth + _sample(future[0], landed)]
+    curved = sum(w * place for w, place in zip(time_weights(knots, at, gap_s), places, strict=True))
+    straight = at * forth
+    bend = np.linalg.norm(curved - straight, axis=-1, keepdims=True)
+    reach = sum(np.linalg.norm(place, axis=-1, keepdims=True) for place in places)
+    moved = np.where(bend <= 0.2 * reach + 0.5, curved, straight)  # a wild bend is a flow error
+
+    error = np.abs(near.astype(np.float32) - _sample(far.astype(np.float32), landed))
+    error = cv2.blur(error, (5, 5))
+    astray = np.linalg.norm(forth + _sample(back, landed), axis=-1)  # there and back again, px
+    importance = np.exp(-np.minimum(error / 4 + astray, 20))
+    values = np.concatenate([-moved, forth - moved, error[..., None]], -1)
+    carried, hit = _splat(values, importance, here + moved)
+    return _Carried(carried[..., :2], carried[..., 2:4], carried[..., 4], hit)
+
+
+def time_weights(knots: list[float], at: float, gap_s: float) -> np.ndarray:
+    """Weights of the places at `knots` in the place at time `at` (units of gap_s seconds).
+
+    With four knots they are exact for steady motion and for swings at NATURAL_HZ, which keeps
+    swings below it true as well (a cubic would lose 2.6 % of a 4 Hz swing seen at 24 fps); with
+    three they are the parabola's, with two the straight line's.
+    """
+    turn = 2 * np.pi * NATURAL_HZ * gap_s
+    if len(knots) == 4 and turn < np.pi:
+        basis = [np.ones_like, lambda t: t, lambda t: np.cos(turn * t), lambda t: np.sin(turn * t)]
+    else:
+        basis = [lambda t, n=n: t**n for n in range(len(knots))]
+    times = np.asarray(knots, np.float64)
+    return np.linalg.solve(
+        np.stack([f(times) for f in basis]), np.stack([f(np.float64(at)) for f in basis])
+    )
+
+
+def _render(paths: Paths, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The in-between (H, W, 3): one Lanczos-4 look-up per pixel, in the frame that `paths` names."""
+    height, width = left.shape[:2]
+    scale = np.float32([width / paths.from_left.shape[1], height / paths.from_left.shape[0]])
+    here = _grid((height, width))
+
+    def look_up(frame, offset):
+        at_px = here + cv2.resize(offset * scale, (width, height))
+        mode = cv2.BORDER_REPLICATE
+        return cv2.remap(frame, at_px, None, cv2.INTER_LANCZOS4, borderMode=mode)
+
+    choice = cv2.resize(paths.from_left.astype(np.float32), (width, height)) > 0.5
+    if choice.all():
+        return look_up(left, paths.to_left)
+    if not choice.any():
+        return look_up(right, paths.to_right)
+    pair = look_up(left, paths.to_left), look_up(right, paths.to_right)
+    return np.where(choice[..., None], *pair)
+
+
+def _grid(shape: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 2) float32 px coordinates x, y."""
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
+    return np.stack([x, y], -1)
+
+
+def _splat(
+    values: np.ndarray, importance: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of `values` (h, w, C) by importance, splatted bilinearly at `target`; where any landed."""
+    height, width, channels = values.shape
+    corner = np.floor(target).astype(np.int32)
+    part = target - corner
+    sums = np.zeros((channels + 1, height * width))
+    weighted = np.concatenate([values * importance[..., None], importance[..., None]], -1)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        x, y = corner[..., 0] + dx, corner[..., 1] + dy
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        share = abs(1 - dx - part[..., 0]) * abs(1 - dy - part[..., 1]) * inside
+        index = np.where(inside, y * width + x, 0).ravel()
+        for c in range(channels + 1):
+            sums[c] += np.bincount(index, (share * weighted[..., c]).ravel(), height * width)
+    hit = sums[-1] > 1e-12
+    mean = sums[:-1] / np.where(hit, sums[-1], 1)
+    return mean.T.reshape(values.shape).astype(np.float32), hit.reshape(height, width)
+
+
+def _sample(image: np.ndarray, at_px: np.ndarray) -> np.ndarray:
+    """Bilinear look-up of a float32 image at `at_px` (h, w, 2) in px."""
+    return cv2.remap(image, at_px, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

@@ -1,0 +1,1 @@
+"""The Wan models, and what is laid over them from outside."""

@@ -1,0 +1,185 @@
+"""TinyWan: a Wan-shaped model small enough for a CPU, in the folder layout of the real one.
+
+It is the published architecture with smaller numbers, so every path that loads, trains or samples
+Wan runs on it unchanged. Heads keep their 128 channels: temporal rows are those of the real model.
+The weights are drawn from a fixed seed, so a folder built anywhere is the same.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tempolora.model import wan
+from tempolora.model.architectures import TEXT_ENCODER, TRANSFORMER, VAE
+from tempolora.variants import TEXT_TOKENS, VARIANTS
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # raise it with every change of what the folder holds
+SEED = 20_220_728
+TEXT_WIDTH = 32
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+_SMALL_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "num_layers": 2,
+    "ffn_dim": 256,
+    "text_dim": TEXT_WIDTH,
+}
+_SMALL_VAE = {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1}
+_SMALL_TEXT_ENCODER = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+
+
+def tinywan_folder(variant_name: str) -> Path:
+    """The diffusers folder of TinyWan in the shape of `variant_name`, built on first use.
+
+    It lies under $TEMPOLORA_CACHE (default ~/.cache/tempolora). Processes may race: each builds
+    aside, the first rename wins, and nobody sees half a folder.
+    """
+    cache = Path(os.environ.get("TEMPOLORA_CACHE") or "~/.cache/tempolora").expanduser()
+    folder = cache / f"tinywan-{variant_name}-v{VERSION}"
+    if folder.is_dir():
+        return folder
+    logger.info("building %s", folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+    try:
+        build_tinywan(variant_name, aside)
+        os.rename(aside, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def build_tinywan(variant_name: str, folder: Path) -> None:
+    """Write TinyWan in the shape of `variant_name` into the existing, empty `folder`."""
+    transformers = ["transformer", "transformer_2"][: len(VARIANTS[variant_name].experts)]
+    # Fork, so that building leaves the caller's random state alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        tokenizer = _tokenizer()
+        text_encoder = wan.new_text_encoder(
+            TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(tokenizer)}
+        )
+        vae = _vae(variant_name)
+        parts = {
+            name: wan.new_transformer(TRANSFORMER[variant_name] | _SMALL_TRANSFORMER)
+            for name in transformers
+        }
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    for name, part in {**parts, "vae": vae}.items():
+        part.save_pretrained(folder / name)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(variant_name))
+    _write_json(folder / "model_index.json", _model_index(variant_name, type(tokenizer).__name__))
+
+
+def _vae(variant_name: str) -> torch.nn.Module:
+    """A VAE with random weights whose latents of drawn content have zero mean and unit variance."""
+    architecture = VAE[variant_name] | _SMALL_VAE
+    vae = wan.new_vae(architecture).eval()
+    channels = architecture["z_dim"]
+    raw = architecture | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    vae.register_to_config(**raw)
+    latents_BCTHW = wan.encode_video(vae, _calibration_clip_BFHW3())
+    std_C, mean_C = torch.std_mean(latents_BCTHW, dim=(0, 2, 3, 4))
+    # Four digits, as published: what is left does not depend on the order of sums.
+    vae.register_to_config(
+        latents_mean=[round(value, 4) for value in mean_C.tolist()],
+        latents_std=[round(value, 4) for value in std_C.tolist()],
+    )
+    return vae
+
+
+def _calibration_clip_BFHW3() -> torch.Tensor:
+    """Four clips of a square that slides over a colour gradient: uint8 (4, 17, 64, 64, 3)."""
+    generator = torch.Generator().manual_seed(SEED)
+    frames, size = 17, 64
+    y, x = torch.meshgrid(*[torch.linspace(-0.5, 0.5, size)] * 2, indexing="ij")
+    clips = []
+    for _ in range(4):
+        slope_x, slope_y, tint = torch.rand(3, 3, generator=generator)
+        ground = 0.3 + 0.4 * (x[..., None] * slope_x + y[..., None] * slope_y + tint.roll(1))
+        clip = ground.repeat(frames, 1, 1, 1)
+        for frame in range(frames):
+            left = 20 + round(16 * math.sin(0.7 * frame))
+            clip[frame, 20:44, left : left + 24] = tint
+        clips.append(clip + 0.02 * torch.randn(clip.shape, generator=generator))
+    return (torch.stack(clips).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _tokenizer() -> Any:
+    """One token per UTF-8 byte, closed by an end token: any text comes back as it was."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=TEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _scheduler(variant_name: str) -> dict[str, Any]:
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": VARIANTS[variant_name].shift,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "final_sigmas_type": "zero",
+    }
+
+
+def _model_index(variant_name: str, tokenizer_class: str) -> dict[str, Any]:
+    variant = VARIANTS[variant_name]
+    image_first = variant.tasks[0] == "i2v"
+    transformer = ["diffusers", "WanTransformer3DModel"]
+    index = {
+        "_class_name": "WanImageToVideoPipeline" if image_first else "WanPipeline",
+        "boundary_ratio": variant.boundary,
+        "expand_timesteps": variant.per_token_time,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer_class],
+        "transformer": transformer,
+        "transformer_2": transformer if len(variant.experts) == 2 else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if image_first:
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    return index
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

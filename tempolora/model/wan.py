@@ -1,0 +1,504 @@
+"""Wan as plain functions: load its parts, encode and decode, predict a velocity, name the weights.
+
+The only module that imports diffusers' Wan classes. Everything above it sees tensors and an
+`nn.Module`; parallelism, LoRA, compilation and autocast are applied from outside.
+
+Shapes: B batch, C channel, T latent frame, F video frame, H, W latent height and width (of pixels
+beside F), L token, D width.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from tempolora.config import ConfigError, ModelConfig
+from tempolora.model.architectures import architecture
+from tempolora.model.location import (
+    PART_OF,
+    local_folder,
+    part_config,
+    single_file,
+    source,
+    weight_files,
+)
+from tempolora.variants import TEMPORAL_STRIDE, TEXT_TOKENS
+
+logger = logging.getLogger(__name__)
+
+TIMESTEPS = 1000  # the transformer's timestep is TIMESTEPS * sigma
+RANDOM_SEED = 0
+RANDOM_STD = 0.02
+_MIB = 2**20
+_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+# --- Building and loading -------------------------------------------------------------------------
+
+
+def new_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
+    """A transformer of this architecture with diffusers' own initialisation."""
+    return WanTransformer3DModel.from_config(config)
+
+
+def new_vae(config: dict[str, Any]) -> AutoencoderKLWan:
+    """A VAE of this architecture with diffusers' own initialisation."""
+    return AutoencoderKLWan.from_config(config)
+
+
+def new_text_encoder(config: dict[str, Any]) -> UMT5EncoderModel:
+    """A text encoder of this architecture with transformers' own initialisation."""
+    return UMT5EncoderModel(UMT5Config(**config))
+
+
+def load_transformer(
+    model: ModelConfig, expert: str, device: torch.device | str
+) -> WanTransformer3DModel:
+    """The frozen transformer of `expert` ("high", "low" or "single") on `device`.
+
+    Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
+    modulation tables). Tensors are cast one by one while they are read. Raises ConfigError if the
+    weights cannot be had or do not fit.
+    """
+    part = PART_OF[expert]
+    return _load(model, part, device, WanTransformer3DModel, new_transformer, _transformer_keys)
+
+
+def load_vae(model: ModelConfig, device: torch.device | str) -> AutoencoderKLWan:
+    """The frozen VAE in `model.base` on `device`. Raises ConfigError as load_transformer does."""
+    return _load(model, "vae", device, AutoencoderKLWan, new_vae, _vae_keys)
+
+
+def load_text(
+    model: ModelConfig, device: torch.device | str
+) -> tuple[Callable[..., Any], UMT5EncoderModel]:
+    """(tokenizer, frozen UMT5 encoder in `model.base` on `device`).
+
+    With random weights the tokenizer is TinyWan's, one token per byte, as no vocabulary is at hand.
+    Raises ConfigError as load_transformer does.
+    """
+    text_encoder = _load(model, "text_encoder", device, UMT5EncoderModel, new_text_encoder, None)
+    if model.init == "random":
+        model = model.model_copy(update={"id": "tinywan"})
+    tokenizer = _fetch(model, "tokenizer", AutoTokenizer)
+    return tokenizer, text_encoder
+
+
+def _load(
+    model: ModelConfig,
+    part: str,
+    device: torch.device | str,
+    cls: type,
+    new: Callable[[dict[str, Any]], nn.Module],
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+) -> Any:
+    """One part from its source: random weights, a single file, or a folder or hub id."""
+    device, dtype = torch.device(device), _DTYPE[model.base]
+    path = single_file(model, part)
+    if model.init == "random":
+        module = _random(new, architecture(model.variant, part), part, dtype, device)
+    elif path is not None:
+        module = _from_single_file(new, part_config(model, part), path, part, rename, dtype, device)
+    else:
+        module, info = _fetch(
+            model,
+            part,
+            cls,
+            dtype=dtype,
+            device_map={"": device},  # each tensor goes straight to its device
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:  # the loader would leave them random, with no more than a warning
+            raise ConfigError(
+                f"model.id: the {part} of {model.id} lacks {min(info['missing_keys'])}"
+            )
+    return module.requires_grad_(False).eval()
+
+
+def _fetch(model: ModelConfig, part: str, cls: type, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(source(model), subfolder=part, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}") from error
+
+
+def _random(
+    new: Callable[[dict[str, Any]], nn.Module],
+    config: dict[str, Any],
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """The architecture at normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
+
+    Norms in front of every matrix keep activations finite at any depth.
+    """
+    module = _on_meta(new, config)
+    generator = torch.Generator(device).manual_seed(RANDOM_SEED + _number(part))
+    state = {}
+    for name, parameter in module.named_parameters():
+        kind = dtype if not _kept_fp32(module, name) else torch.float32
+        tensor = torch.empty(parameter.shape, dtype=kind, device=device)
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif "norm" in name:
+            tensor.fill_(1)
+        else:
+            tensor.normal_(0, RANDOM_STD, generator=generator)
+        state[name] = tensor
+    return _materialise(module, state, device)
+
+
+def _from_single_file(
+    new: Callable[[dict[str, Any]], nn.Module],
+    config: dict[str, Any],
+    path: Path,
+    part: str,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """One part from a single file, in diffusers' key names or the original ones.
+
+    Not diffusers' own `from_single_file`: that one casts Wan's fp32 modules to bf16 as well.
+    """
+    module = _on_meta(new, config)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    try:
+        state = load_file(path)  # memory-mapped: a tensor is read when it is cast
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.files.{part}: cannot read {path}: {error}") from error
+    if set(state) != set(shapes):
+        state = rename(state)
+    wrong = sorted(set(state) ^ set(shapes)) or sorted(
+        name for name in shapes if state[name].shape != shapes[name]
+    )
+    if wrong:
+        name = wrong[0]
+        found = tuple(state[name].shape) if name in state else "nothing"
+        wanted = tuple(shapes[name]) if name in shapes else "nothing"
+        raise ConfigError(
+            f"model.files.{part}: {path} does not fit: {name} is {found}, not {wanted}"
+            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    for name in list(state):
+        kind = torch.float32 if _kept_fp32(module, name) else dtype
+        state[name] = state[name].to(device=device, dtype=kind)
+    return _materialise(module, state, device)
+
+
+def _on_meta(new: Callable[[dict[str, Any]], nn.Module], config: dict[str, Any]) -> nn.Module:
+    """The module without memory: shapes only."""
+    with torch.device("meta"):
+        return new(config)
+
+
+def _materialise(module: nn.Module, state: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """Give a module built on meta its weights, and what no state dict holds."""
+    module.load_state_dict(state, assign=True, strict=False)
+    if isinstance(module, UMT5EncoderModel):
+        module.tie_weights()  # the embedding has two names and one tensor
+    if isinstance(module, WanTransformer3DModel):
+        config = module.config  # the rope tables are buffers outside the state dict
+        module.rope = type(module.rope)(
+            config.attention_head_dim, config.patch_size, config.rope_max_seq_len
+        ).to(device)
+    meta = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    assert not meta, f"left without a value: {meta}"
+    return module
+
+
+def _kept_fp32(module: nn.Module, name: str) -> bool:
+    """Whether Wan keeps this weight in fp32, by the rule of diffusers' `from_pretrained`."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return isinstance(module, WanTransformer3DModel) and not set(kept).isdisjoint(name.split("."))
+
+
+def _transformer_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Original (ComfyUI) names, with or without `model.diffusion_model.`, to diffusers'."""
+    return convert_wan_transformer_to_diffusers(state)
+
+
+_NESTED = re.compile(r"(en|de)coder\.(?:down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.+)")
+_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+
+
+def _vae_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Original names to diffusers'. Diffusers' table lacks the nested blocks of the 2.2 VAE."""
+    renamed, rest = {}, {}
+    for key, tensor in state.items():
+        match = _NESTED.fullmatch(key)
+        if match is None:
+            rest[key] = tensor
+            continue
+        side, block, index, tail = match.groups()
+        stem = f"encoder.down_blocks.{block}." if side == "en" else f"decoder.up_blocks.{block}."
+        layer, _, leaf = tail.rpartition(".")
+        if layer in _RESIDUAL:
+            renamed[f"{stem}resnets.{index}.{_RESIDUAL[layer]}.{leaf}"] = tensor
+        else:
+            renamed[f"{stem}{'down' if side == 'en' else 'up'}sampler.{tail}"] = tensor
+    return renamed | convert_wan_vae_to_diffusers(rest)
+
+
+def convert_lora_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA file's tensors under diffusers' names, `transformer.blocks.N.attn1.to_q.lora_A.weight`.
+
+    Takes the forms that WanPipeline.load_lora_weights takes, and folds `.alpha` in as it does.
+    Raises KeyError or ValueError where diffusers cannot convert them.
+    """
+    return WanLoraLoaderMixin.lora_state_dict(dict(state))
+
+
+# --- Video and text -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLWan, frames_BFHW3: Tensor) -> Tensor:
+    """Video to normalised latents: uint8 (B, F, H, W, 3) -> float32 (B, C, T, H, W).
+
+    The mode of the posterior, (z - mean) / std per channel; computed in the VAE's dtype.
+    """
+    frames = rearrange(frames_BFHW3, "B F H W C -> B C F H W").to(vae.device)
+    return _encode(vae, frames.float() / 127.5 - 1)
+
+
+@torch.no_grad()
+def decode_video(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """Normalised latents to video: (B, C, T, H, W) -> uint8 (B, F, H, W, 3)."""
+    mean, std = _statistics(vae)
+    latents = latents_BCTHW.to(vae.device).float() * std + mean
+    frames = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(frames, "B C F H W -> B F H W C")
+
+
+@torch.no_grad()
+def encode_condition(vae: AutoencoderKLWan, first_frame_BHW3: Tensor, num_frames: int) -> Tensor:
+    """Condition latents of I2V-A14B: the first frame, then mid-grey: float32 (B, C, T, H, W).
+
+    first_frame_BHW3: uint8. As diffusers' WanImageToVideoPipeline.prepare_latents.
+    """
+    first = rearrange(first_frame_BHW3, "B H W C -> B C 1 H W").to(vae.device).float() / 127.5 - 1
+    grey = torch.zeros_like(first).expand(-1, -1, num_frames - 1, -1, -1)
+    return _encode(vae, torch.cat([first, grey], dim=2))
+
+
+def condition_channels(latent_condition_BCTHW: Tensor) -> Tensor:
+    """Condition latents behind their 4-channel mask: (B, C, T, H, W) -> (B, 4 + C, T, H, W).
+
+    The mask has one channel per pixel frame of a latent frame: 1 where the frame is given.
+    """
+    B, _, T, H, W = latent_condition_BCTHW.shape
+    mask = latent_condition_BCTHW.new_zeros(B, TEMPORAL_STRIDE, T, H, W)
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent_condition_BCTHW], dim=1)
+
+
+def _encode(vae: AutoencoderKLWan, video_BCFHW: Tensor) -> Tensor:
+    mean, std = _statistics(vae)
+    posterior = vae.encode(video_BCFHW.to(vae.dtype)).latent_dist
+    return (posterior.mode().float() - mean) / std
+
+
+def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, float32 (C, 1, 1, 1) on the VAE's device."""
+    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
+    mean, std = rearrange(values, "S C -> S C 1 1 1")
+    return mean, std
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: Callable[..., Any], text_encoder: UMT5EncoderModel, prompts: list[str]
+) -> list[Tensor]:
+    """Text embeddings of each prompt, cut to its true length: (L, D), L at most 512.
+
+    Cleaned, tokenised and masked as WanPipeline does; pad_text restores the length it feeds.
+    """
+    tokens = tokenizer(
+        [prompt_clean(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=TEXT_TOKENS,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    text_BLD = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    lengths = tokens.attention_mask.sum(dim=1).tolist()
+    return [text_LD[:length] for text_LD, length in zip(text_BLD, lengths, strict=True)]
+
+
+def pad_text(texts: list[Tensor]) -> Tensor:
+    """Text embeddings (L, D) padded with zeros to the (B, 512, D) that Wan attends to unmasked."""
+    first = texts[0]
+    padded_BLD = first.new_zeros(len(texts), TEXT_TOKENS, first.shape[-1])
+    for row, text_LD in zip(padded_BLD, texts, strict=True):
+        row[: len(text_LD)] = text_LD
+    return padded_BLD
+
+
+# --- The velocity ---------------------------------------------------------------------------------
+
+
+def predict_velocity(
+    transformer: nn.Module,
+    latents_BCTHW: Tensor,
+    sigma_B: Tensor,
+    text_BLD: Tensor,
+    condition_BCTHW: Tensor | None = None,
+    clean_first_frame: bool = False,
+    per_token_time: bool = False,
+) -> Tensor:
+    """The velocity noise - x0 that the transformer sees in x_t: float32 (B, C, T, H, W).
+
+    condition_BCTHW: what condition_channels returned (I2V-A14B). per_token_time: every token gets
+    its own timestep (5B); with clean_first_frame those of the first latent frame are 0, and the
+    caller has put the clean latents there. Otherwise as WanPipeline and WanImageToVideoPipeline,
+    but for the timestep: their UniPC sampler cuts 1000 * sigma to a whole number.
+    """
+    assert per_token_time or not clean_first_frame, "a clean first frame needs per-token time"
+    bare = getattr(transformer, "module", transformer)  # DDP hides the model's attributes
+    inputs = latents_BCTHW
+    if condition_BCTHW is not None:
+        inputs = torch.cat([latents_BCTHW, condition_BCTHW.to(latents_BCTHW.dtype)], dim=1)
+    timestep = TIMESTEPS * sigma_B.float()
+    if per_token_time:
+        timestep = _per_token(timestep, latents_BCTHW, bare.config.patch_size, clean_first_frame)
+    velocity = transformer(
+        hidden_states=inputs.to(bare.dtype),
+        timestep=timestep,
+        encoder_hidden_states=text_BLD.to(bare.dtype),
+        return_dict=False,
+    )[0]
+    return velocity.float()
+
+
+def _per_token(
+    timestep_B: Tensor, latents_BCTHW: Tensor, patch_size: tuple[int, ...], clean_first_frame: bool
+) -> Tensor:
+    """Timesteps (B, tokens) in the transformer's token order: frame, row, column."""
+    frames, height, width = (
+        size // patch for size, patch in zip(latents_BCTHW.shape[2:], patch_size, strict=True)
+    )
+    timestep_BTN = timestep_B[:, None, None].repeat(1, frames, height * width)
+    if clean_first_frame:
+        timestep_BTN[:, 0] = 0
+    return timestep_BTN.flatten(1)
+
+
+def keep_time_embedding_fp32(transformer: nn.Module) -> None:
+    """Run the time embedding in its own precision even inside torch.autocast.
+
+    Timesteps reach 1000 and bf16 has 8 bits: Wan therefore keeps the time embedder in fp32, and at
+    inference, without autocast, it computes there. Autocast would cast its inputs and weights to
+    bf16 all the same, and train the LoRA against a conditioning that inference never has. The
+    projection to the blocks stays as inference has it too: in the dtype of its weights.
+    """
+    embedder = transformer.condition_embedder
+    for module in (embedder.time_embedder, embedder.time_proj):
+        module.forward = _without_autocast(module.forward)
+
+
+def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @functools.wraps(forward)
+    def wrapped(inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return forward(inputs)
+
+    return wrapped
+
+
+# --- Naming the weights ---------------------------------------------------------------------------
+
+
+def fingerprint(model: ModelConfig, part: str) -> str:
+    """sha256 that tells one set of weights from another: 'vae', 'text_encoder', 'transformer'...
+
+    Over the part's config.json and, for each weight file, its name, size and first and last MiB.
+    The first MiB holds the safetensors header (every tensor's name, type, shape and place) and the
+    first weights; training moves all weights, so another model differs there. It guards against
+    mix-ups, not against forgery, and takes milliseconds where hashing 57 GB takes minutes.
+    With random weights: the architecture and the seed. Raises ConfigError if nothing is there.
+    """
+    digest = hashlib.sha256()
+    if model.init == "random":
+        content = architecture(model.variant, part) | {"seed": RANDOM_SEED + _number(part)}
+        return _digest_json(digest, content).hexdigest()
+    file = single_file(model, part)
+    if file is not None:
+        return _digest_file(digest, file).hexdigest()
+    folder = (local_folder(model) or _snapshot(model, part)) / part
+    files = weight_files(folder)
+    if not files:
+        raise ConfigError(f"model.id: {folder} holds no .safetensors file")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Library versions are written there too, and say nothing about the weights.
+    _digest_json(
+        digest,
+        {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"},
+    )
+    for path in files:
+        _digest_file(digest, path)
+    return digest.hexdigest()
+
+
+def _snapshot(model: ModelConfig, part: str) -> Path:
+    """The folder in the local hub cache that from_pretrained read."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(model.id, allow_patterns=[f"{part}/*"], local_files_only=True)
+        )
+    except OSError as error:
+        raise ConfigError(f"model.id: {model.id} has not been downloaded yet") from error
+
+
+def _digest_json(digest: Any, content: dict[str, Any]) -> Any:
+    digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest
+
+
+def _digest_file(digest: Any, path: Path) -> Any:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_MIB)
+            file.seek(max(0, size - _MIB))
+            tail = file.read(_MIB)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    digest.update(f"{path.name}:{size}:".encode() + head + tail)
+    return digest
+
+
+def _number(part: str) -> int:
+    """A seed of its own for each part, so that the two experts differ."""
+    return ("transformer", "transformer_2", "vae", "text_encoder").index(part)

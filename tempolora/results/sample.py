@@ -1,0 +1,310 @@
+"""Noise and a prompt -> an mp4: the trained model at work, with the sampler Wan itself uses.
+
+Comes after training: the loop takes its before and after videos from `sample_video` with text
+that was embedded at precompute, the command `tempolora sample` starts from a prompt. Text
+encoder, experts and VAE follow each other in memory and never meet there.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tempolora.config import Config, ConfigError
+from tempolora.data.video import write_mp4
+from tempolora.model.wan import (
+    condition_channels,
+    decode_video,
+    encode_condition,
+    encode_prompts,
+    encode_video,
+    load_text,
+    load_transformer,
+    load_vae,
+    pad_text,
+    predict_velocity,
+)
+from tempolora.results.export import apply_lora_file, lora_file_name, read_metadata
+from tempolora.variants import NEGATIVE_PROMPT, Variant
+
+logger = logging.getLogger(__name__)
+
+TRAIN_TIMESTEPS = 1000
+EXPERTS = ("single", "high", "low")
+
+
+def expert_at(variant: Variant, timestep: int) -> tuple[str, float]:
+    """The expert that works at a timestep of 0..1000, and its guidance scale."""
+    low_guidance, high_guidance = variant.guidance
+    if variant.boundary is None:
+        return "single", high_guidance
+    if timestep >= variant.boundary * TRAIN_TIMESTEPS:
+        return "high", high_guidance
+    return "low", low_guidance
+
+
+def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal fp32 of `shape`, drawn on the CPU: a seed means the same on every device."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def sample_latents(
+    load_expert: Callable[[str], nn.Module],
+    variant: Variant,
+    noise_BCTHW: Tensor,
+    text_BLD: Tensor,
+    negative_BLD: Tensor,
+    *,
+    steps: int,
+    condition_BCTHW: Tensor | None = None,
+    first_BC1HW: Tensor | None = None,
+) -> Tensor:
+    """Integrate the flow from noise to normalised latents (B, C, T, H, W), fp32.
+
+    UniPC (arXiv 2302.04867) on Wan's shifted sigmas, in `steps` steps, with classifier-free
+    guidance in two forward passes one after the other, so that memory stays that of one. The
+    history of the solver passes over the change of expert, as in Wan's own sampler.
+
+    load_expert: name -> transformer on the device of the noise. It is called once per expert in
+    order of use, after the one before was dropped; it must keep no reference of its own.
+    condition_BCTHW: the 20 further input channels of I2V-A14B. first_BC1HW: the clean first
+    latent frame of image to video with the 5B.
+    """
+    device = noise_BCTHW.device
+    scheduler = UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=variant.shift,
+    )
+    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_begin_index(0)  # whole timesteps may repeat: count them, do not look them up
+    latents = noise_BCTHW.float()
+    given = {
+        "condition_BCTHW": condition_BCTHW,
+        "clean_first_frame": first_BC1HW is not None,
+        "per_token_time": variant.per_token_time,
+    }
+    current, expert = None, None
+    for timestep in tqdm(scheduler.timesteps.tolist(), desc="sampling", disable=None):
+        wanted, guidance = expert_at(variant, timestep)
+        if wanted != current:
+            expert = None
+            free_memory(device)
+            current, expert = wanted, load_expert(wanted)
+        # Wan gives its model the timestep cut to a whole number, the solver the exact sigma.
+        sigma_B = torch.full((len(latents),), timestep / TRAIN_TIMESTEPS, device=device)
+        inputs = _with_first(latents, first_BC1HW)
+        v_BCTHW = predict_velocity(expert, inputs, sigma_B, text_BLD, **given).float()
+        if guidance > 1:
+            unguided = predict_velocity(expert, inputs, sigma_B, negative_BLD, **given).float()
+            v_BCTHW = unguided + guidance * (v_BCTHW - unguided)
+        latents = scheduler.step(v_BCTHW, timestep, latents, return_dict=False)[0]
+    return _with_first(latents, first_BC1HW)
+
+
+def _with_first(latents_BCTHW: Tensor, first_BC1HW: Tensor | None) -> Tensor:
+    if first_BC1HW is None:
+        return latents_BCTHW
+    return torch.cat([first_BC1HW.to(latents_BCTHW), latents_BCTHW[:, :, 1:]], dim=2)
+
+
+@torch.no_grad()
+def sample_video(
+    cfg: Config,
+    out: Path,
+    *,
+    text_LD: Tensor,
+    negative_LD: Tensor,
+    loras: Mapping[str, Path],
+    seed: int,
+    steps: int,
+    device: torch.device | str,
+    condition: Tensor | None = None,
+    first_latent: Tensor | None = None,
+) -> Path:
+    """Sample one video of the config's size and write it to `out` at the config's frame rate.
+
+    text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
+    entry the expert is the base model. condition: (C, T, H, W) encoded condition of I2V-A14B;
+    first_latent: (C, 1, H, W) clean first latent frame of 5B image to video, both normalised.
+    Raises ConfigError for a LoRA of an expert that the model does not have, or one that does not
+    fit it.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    device, variant = torch.device(device), cfg.variant
+    _check_experts(loras, variant.experts)
+    needs_first = cfg.task == "i2v" and variant.per_token_time
+    needs_condition = cfg.task == "i2v" and not variant.per_token_time
+    assert (first_latent is not None) == needs_first, "first_latent goes with 5B i2v alone"
+    assert (condition is not None) == needs_condition, "condition goes with A14B i2v alone"
+
+    def load_expert(name: str) -> nn.Module:
+        transformer = load_transformer(cfg.model, name, device)
+        if name in loras:
+            apply_lora_file(transformer, loras[name])
+        return transformer.eval()
+
+    latents_BCTHW = sample_latents(
+        load_expert,
+        variant,
+        draw_noise((1, *cfg.latent_shape), seed).to(device),
+        pad_text([text_LD]).to(device),
+        pad_text([negative_LD]).to(device),
+        steps=steps,
+        condition_BCTHW=None
+        if condition is None
+        else condition_channels(condition[None]).to(device),
+        first_BC1HW=None if first_latent is None else first_latent[None].to(device),
+    )
+    free_memory(device)
+    vae = load_vae(cfg.model, device)
+    frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
+    del vae
+    free_memory(device)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, frames_FHW3, cfg.timebase.fps)
+    logger.info("wrote %s", out)
+    return out
+
+
+@torch.no_grad()
+def sample_from_prompt(
+    cfg: Config,
+    out: Path,
+    *,
+    prompt: str,
+    negative: str = NEGATIVE_PROMPT,
+    loras: Mapping[str, Path],
+    image: Path | None = None,
+    seed: int,
+    steps: int,
+    device: torch.device | str,
+) -> Path:
+    """`sample_video` for words, and for i2v an image file: loads the text encoder itself.
+
+    Raises ConfigError if an image is missing for i2v, given for t2v, or unreadable, beside what
+    `sample_video` raises; all of it before anything large is loaded.
+    """
+    device = torch.device(device)
+    _check_experts(loras, cfg.variant.experts)
+    if cfg.task == "i2v" and image is None:
+        raise ConfigError("--image: model.task i2v starts from an image; give one")
+    if cfg.task == "t2v" and image is not None:
+        raise ConfigError(
+            f"--image: {cfg.model.variant} with model.task t2v takes no image; leave it out"
+        )
+    first_frame_HW3 = read_image(image, cfg.data.height, cfg.data.width) if image else None
+
+    tokenizer, encoder = load_text(cfg.model, device)
+    text_LD, negative_LD = encode_prompts(tokenizer, encoder, [prompt, negative])
+    del tokenizer, encoder
+    free_memory(device)
+    given = {} if first_frame_HW3 is None else _encode_first_frame(cfg, first_frame_HW3, device)
+    return sample_video(
+        cfg,
+        out,
+        text_LD=text_LD,
+        negative_LD=negative_LD,
+        loras=loras,
+        seed=seed,
+        steps=steps,
+        device=device,
+        **given,
+    )
+
+
+def _encode_first_frame(cfg: Config, frame_HW3: np.ndarray, device: torch.device) -> dict:
+    """The argument of `sample_video` that this variant takes its first frame by."""
+    frame_BHW3 = torch.from_numpy(frame_HW3)[None]
+    vae = load_vae(cfg.model, device)
+    if cfg.variant.per_token_time:
+        given = {"first_latent": encode_video(vae, frame_BHW3[:, None])[0]}
+    else:
+        given = {"condition": encode_condition(vae, frame_BHW3, cfg.data.num_frames)[0]}
+    del vae
+    free_memory(device)
+    return given
+
+
+def read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """An image file as uint8 RGB (height, width, 3): upright, scaled to cover, cut at its centre.
+
+    Raises ConfigError if the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"--image: cannot read {path} as an image: {error}") from None
+    return np.array(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
+
+
+def loras_in(paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS) -> dict[str, Path]:
+    """Expert -> LoRA file, for `--lora`: output folders, or files named one by one.
+
+    experts: those the model has. A folder gives the files that training leaves there. A file says
+    its expert in its header's metadata, or else by "high" or "low" in its name; for a model with
+    one transformer, a file that says nothing is taken to be for that. Raises ConfigError if a
+    file is no safetensors file, its expert cannot be told or is none of the model's, if two are
+    for the same expert, or if a folder holds none.
+    """
+    found: dict[str, Path] = {}
+    for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
+        for expert, file in (
+            _of_folder(path, experts) if path.is_dir() else [_of_file(path, experts)]
+        ):
+            if expert in found:
+                raise ConfigError(f"--lora: {found[expert]} and {file} are both for {expert!r}")
+            found[expert] = file
+    _check_experts(found, experts)
+    return found
+
+
+def _of_folder(folder: Path, experts: Sequence[str]) -> list[tuple[str, Path]]:
+    pairs = [(expert, folder / lora_file_name(expert)) for expert in experts]
+    present = [(expert, file) for expert, file in pairs if file.is_file()]
+    if not present:
+        names = " or ".join(file.name for _, file in pairs)
+        raise ConfigError(f"--lora: {folder} holds no {names}")
+    return present
+
+
+def _of_file(path: Path, experts: Sequence[str]) -> tuple[str, Path]:
+    metadata = read_metadata(path)
+    if metadata.get("expert"):
+        return metadata["expert"], path
+    said = [name for name in ("high", "low") if name in path.name.lower()]
+    if len(said) == 1:
+        return said[0], path
+    if tuple(experts) == ("single",):
+        return "single", path
+    raise ConfigError(
+        f"--lora: cannot tell which expert {path} is for: its header has no expert, and its name "
+        'does not hold one of "high" and "low"'
+    )
+
+
+def _check_experts(loras: Mapping[str, Path], experts: Sequence[str]) -> None:
+    for expert, path in loras.items():
+        if expert not in experts:
+            raise ConfigError(
+                f"--lora: {path} is for the expert {expert!r}; the model has {', '.join(experts)}"
+            )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what dropped models held: hooks and parametrisations leave reference cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

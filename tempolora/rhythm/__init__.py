@@ -1,0 +1,1 @@
+"""The rhythm terms: pure tensor mathematics that knows no model and no file."""

@@ -1,0 +1,1 @@
+"""Flow matching with rhythm terms, on one process or many."""

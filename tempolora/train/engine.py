@@ -1,0 +1,281 @@
+"""Engines: how a transformer with adapters is spread over processes, and how it takes a step.
+
+Two classes with one face. `TorchEngine` keeps the adapters whole on every process, since they are
+small, and averages their gradients itself; what differs between plain, ddp and fsdp is only
+whether the frozen base is replicated or sharded by FSDP2. `DeepSpeedEngine` hands all of it to
+ZeRO. Neither changes the model's own code.
+
+    forward through `transformer` -> backward(loss) for each microstep -> step(lr) -> lora_state()
+"""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from tempolora.config import Config, ConfigError, TrainConfig
+from tempolora.model.lora import lora_parameters
+from tempolora.train.world import World, launched_by_deepspeed
+
+log = logging.getLogger(__name__)
+
+BASE_SHARE = 0.5  # of a GPU's memory: a larger base leaves too little for activations
+
+
+def uses_deepspeed(cfg: Config) -> bool:
+    """Whether this run's engine is DeepSpeed: by configuration, or by its launcher."""
+    engine = cfg.parallel.engine
+    return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
+
+
+def choose_engine(cfg: Config, world_size: int, base_bytes: int, gpu_bytes: int | None) -> str:
+    """The engine that `parallel.engine: auto` stands for here; a set one is returned as it is.
+
+    gpu_bytes: memory of one GPU, None on a CPU. Raises ConfigError for plain on many processes.
+    """
+    engine = cfg.parallel.engine
+    if engine == "plain" and world_size > 1:
+        raise ConfigError(
+            f'parallel.engine: "plain" runs on one process, {world_size} were started; '
+            'use "auto", "ddp", "fsdp" or "deepspeed"'
+        )
+    if engine != "auto":
+        return engine
+    if uses_deepspeed(cfg):
+        engine, why = "deepspeed", "the deepspeed launcher started this run"
+    elif world_size == 1:
+        engine, why = "plain", "there is one process"
+    elif gpu_bytes is None or base_bytes <= BASE_SHARE * gpu_bytes:
+        engine, why = "ddp", "the base fits on every device"
+    else:
+        engine, why = "fsdp", f"a base of {base_bytes / 2**30:.0f} GiB is best sharded"
+    log.info("parallel.engine: auto chose %s: %s", engine, why)
+    return engine
+
+
+def build_engine(cfg: Config, transformer: nn.Module, world: World) -> "Engine":
+    """Place, checkpoint, compile and spread a transformer whose adapters are in place."""
+    kind = choose_engine(cfg, world.size, _bytes(transformer), _gpu_bytes(world.device))
+    for block in transformer.blocks:
+        if cfg.train.checkpointing == "full":
+            # Inside the compiled block, and inside FSDP's hooks: weights gathered for a block's
+            # backward serve its recomputation too.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.train.compile:
+            block.compile()
+    if kind == "deepspeed":
+        return DeepSpeedEngine(cfg, transformer, world)
+    if kind == "fsdp":
+        _shard(transformer, world)
+    else:
+        transformer.to(world.device)
+    return TorchEngine(cfg.train, transformer, world)
+
+
+def _bytes(transformer: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in transformer.parameters())
+
+
+def _gpu_bytes(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _shard(transformer: nn.Module, world: World) -> None:
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    adapters = set(lora_parameters(transformer).values())
+    for adapter in adapters:  # FSDP2 moves the rest, block by block
+        adapter.data = adapter.data.to(world.device)
+    for block in transformer.blocks:
+        fully_shard(block, mesh=mesh, ignored_params=adapters)
+    fully_shard(transformer, mesh=mesh, ignored_params=adapters)
+
+
+def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with its rate at zero; the loop sets the rate of every step."""
+    options = {"lr": 0.0, "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+class TorchEngine:
+    """plain, ddp and fsdp: adapters and optimizer whole on every process."""
+
+    sharded_optimizer = False
+
+    def __init__(self, train: TrainConfig, transformer: nn.Module, world: World) -> None:
+        self.transformer = transformer
+        self._train, self._world = train, world
+        self._parameters = lora_parameters(transformer)
+        self._optimizer = build_optimizer(train, list(self._parameters.values()))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one microstep's gradient."""
+        (loss / self._train.gradient_accumulation).backward()
+
+    def step(self, lr: float) -> Tensor:
+        """Average, clip and apply the gradients; returns their norm before clipping, ().
+
+        Raises FloatingPointError, on all processes and with nothing applied, if it isn't finite.
+        """
+        gradients = [p.grad for p in self._parameters.values()]
+        if self._world.size > 1:
+            flat = self._world.mean(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(mean.view_as(gradient))
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._train.max_grad_norm)
+        refuse_non_finite(norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """The adapters, float32, whole; valid until the next step."""
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Everything the optimizer remembers, as tensors."""
+        return pack_optimizer(self._optimizer, list(self._parameters.values()))
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `optimizer_state` gave."""
+        unpack_optimizer(self._optimizer, list(self._parameters.values()), state)
+
+
+    def close(self) -> None:
+        """Nothing outlives the model."""
+
+
+class DeepSpeedEngine:
+    """ZeRO: base, adapters and optimizer sharded by DeepSpeed."""
+
+    sharded_optimizer = True
+
+    def __init__(self, cfg: Config, transformer: nn.Module, world: World) -> None:
+        import deepspeed
+
+        optimizer = build_optimizer(cfg.train, list(lora_parameters(transformer).values()))
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=transformer, optimizer=optimizer, config=deepspeed_config(cfg, world)
+        )
+        self.transformer = self._engine
+        self._parameters = lora_parameters(transformer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one microstep's gradient; the last one's backward averages over the processes."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, lr: float) -> Tensor:
+        """As TorchEngine.step, but DeepSpeed has applied the gradients when their norm is known:
+        the adapters are lost if it isn't finite, the checkpoints are not."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        refuse_non_finite(norm)
+        return norm
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """As TorchEngine.lora_state; every process must call it."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self._parameters.values())):
+            return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """This process's part of what the optimizer remembers."""
+        return pack_optimizer(self._inner(), self._partitions())
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Take up this process's part."""
+        unpack_optimizer(self._inner(), self._partitions(), state)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers down, so that memory can be freed."""
+        self._engine.destroy()
+
+    def _inner(self) -> torch.optim.Optimizer:
+        return self._engine.optimizer.optimizer
+
+    def _partitions(self) -> list[Tensor]:
+        zero = self._engine.optimizer
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+            return zero.fp32_partitioned_groups_flat
+        return zero.single_partition_of_fp32_groups
+
+
+Engine = TorchEngine | DeepSpeedEngine
+
+
+def deepspeed_config(cfg: Config, world: World) -> dict[str, Any]:
+    """The DeepSpeed configuration that follows from ours, `parallel.deepspeed` laid over it.
+
+    No `bf16` section: the base is loaded in its number format and the adapters are fp32; DeepSpeed
+    would cast both, and Wan's fp32 modules with them.
+    """
+    train = cfg.train
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "train_batch_size": train.batch_size * train.gradient_accumulation * world.size,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": cfg.parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": train.max_steps + 1,
+    }
+    return _laid_over(derived, cfg.parallel.deepspeed)
+
+
+def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
+
+
+def refuse_non_finite(norm: Tensor) -> None:
+    """Stop before bad numbers spread; the norm is the same on all processes, so all stop."""
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}; nothing was updated")
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, parameters: list[Any]) -> dict[str, Tensor]:
+    """Optimizer state as flat named tensors, `position.key`, for safetensors."""
+    packed = {}
+    for position, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # bitsandbytes counts its steps in a Python int
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+            # a copy: bitsandbytes shares its code book, safetensors refuses shared storage
+            packed[f"{position}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return packed
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[Any], packed: dict[str, Tensor]
+) -> None:
+    """Put back what `pack_optimizer` took, on the same parameters in the same order."""
+    for name, tensor in packed.items():
+        position, _, key = name.partition(".")
+        parameter = parameters[int(position)]
+        if key == "step":
+            # torch keeps its step count on the CPU
+            value = tensor.item() if tensor.dtype == torch.int64 else tensor.clone()
+        else:
+            value = tensor.to(parameter.device)
+        optimizer.state[parameter][key] = value

@@ -1,0 +1,97 @@
+"""The processes of one run: who we are, and how we talk, whichever launcher started us."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tempolora.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; collectives run over all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes, on every one of them; in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched_by_deepspeed() -> bool:
+    """Whether the deepspeed launcher started this process: only it sets these names."""
+    return "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this host) from torchrun, deepspeed or srun."""
+
+    def first(*names: str) -> int | None:
+        return next((int(os.environ[name]) for name in names if name in os.environ), None)
+
+    rank, size = first("RANK", "SLURM_PROCID"), first("WORLD_SIZE", "SLURM_NTASKS")
+    if rank is None or size is None:
+        return 0, 1, 0
+    return rank, size, first("LOCAL_RANK", "SLURM_LOCALID") or 0
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this host has no GPU of its own: "
+            f"{torch.cuda.device_count()} visible; start at most that many per host"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_world(with_deepspeed: bool) -> World:
+    """Meet the other processes; collectives work afterwards."""
+    rank, size, local_rank = place()
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"{size} processes and no MASTER_ADDR: start them with torchrun or deepspeed, "
+            "on Slurm with slurm/train.sh"
+        )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    device = pick_device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if with_deepspeed:
+        import deepspeed
+
+        if size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "0")
+        deepspeed.init_distributed(dist_backend=backend)
+    elif size > 1:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    return World(rank, size, device)
+
+
+def leave_world() -> None:
+    """Shut collectives down; what follows runs on this process alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
