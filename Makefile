@@ -7,7 +7,7 @@
 #                 (LOCK_FLAGS=--upgrade: newest versions of everything)
 # make clean      remove .venv and caches
 #
-# Needs Python >= 3.11 with its headers, a C++ compiler, make and git.
+# Needs Python >= 3.11 with its headers, a C++ compiler, make and git, and a path without spaces.
 # Options: PYTHON=python3.12, PYTEST_ARGS="-k lora", V=1 (show what pip does)
 
 PYTHON ?= python3
@@ -32,30 +32,34 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPS)"
 
 install: $(VENV)/.installed
 
-# torch comes first because DeepSpeed's build imports it. --no-deps: the lock is complete, and pip
-# must not fetch another torch. The stamp is touched last, so a failed install is taken up again.
-$(VENV)/.installed: pyproject.toml requirements.lock
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "TempoLoRA needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 2; }
-	@test -x $(BIN)/pip || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# torch comes first because DeepSpeed's build imports it and uses the setuptools it brings.
+# --no-deps: the lock is complete, and pip must not fetch another torch. The stamp is touched last,
+# so a failed install is taken up again.
+$(VENV)/.installed: pyproject.toml requirements.lock | $(BIN)/pip
 	@echo "installing $(TORCH)"
 	@$(PIP) install $(TORCH)
 	@echo "installing requirements.lock"
 	@$(PIP) install --no-deps --no-build-isolation --require-hashes -r requirements.lock
 	@echo "installing tempolora"
 	@$(PIP) install --no-deps --no-build-isolation -e .
-	@$(PIP) check
+	@$(BIN)/python -m pip --disable-pip-version-check check
 	@touch $@
 
 # On a CPU DeepSpeed compiles its communication at first use (about a minute). Done here once, so
 # that no test pays for it and no two ranks race for it.
 $(VENV)/.ops: $(VENV)/.installed
 	@echo "compiling DeepSpeed's CPU communication"
-	@rm -rf $(OPS)
+	@rm -rf $(OPS) && mkdir -p $(OPS)
 	@$(RUN) python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
 	  > $(VENV)/ops.log 2>&1 || { tail -n 20 $(VENV)/ops.log >&2; \
-	  echo "DeepSpeed could not compile: it needs a C++ compiler (g++) and Python's headers" \
-	    "(Debian: python3-dev); all of the output: $(VENV)/ops.log" >&2; exit 2; }
+	  echo "DeepSpeed could not compile: it needs a C++ compiler (g++), Python's headers" \
+	    "(Debian: python3-dev) and a path without spaces; its output: $(VENV)/ops.log" >&2; exit 2; }
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -80,7 +84,7 @@ format: $(VENV)/.installed
 
 # One lock for every Python from 3.11 on. torch and the CUDA packages that its wheel names are left
 # out; torch's other needs are in.
-lock: $(VENV)/.installed
+lock: | $(BIN)/pip
 	@$(PIP) install "$(UV)"
 	@printf '%s\n' "$(TORCH)" > $(VENV)/torch.txt
 	@printf '%s\n' cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 \

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads, and for every process a test starts: TinyWan's tensors are too small to share,
+# and threads that spin while they wait for a busy core cost ten times the work itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def tempolora_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

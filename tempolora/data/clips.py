@@ -43,7 +43,9 @@ def list_clips(source: Path) -> list[Clip]:
     source = Path(source)
     if not source.is_dir():
         raise ConfigError(f"{source}: no such folder; put the clips and a prompts.txt there")
-    found = [source / name for name in ("prompts.txt", "metadata.jsonl") if (source / name).exists()]
+    found = [
+        source / name for name in ("prompts.txt", "metadata.jsonl") if (source / name).exists()
+    ]
     if not found:
         raise ConfigError(
             f"{source}: neither prompts.txt nor metadata.jsonl is there; "

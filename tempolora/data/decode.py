@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,14 +27,17 @@ AUDIO_RATE_HZ = 22_050  # librosa's own rate, which its onset settings are tuned
 MAX_THREADS = 2
 STRIDE = 4  # Wan's clips have 4 k + 1 frames
 SAME_TIME_S = 0.002  # decord and PyAV agree on a timestamp
+SAME_PICTURE = 6.0  # ... and on a picture: mean difference in levels, for colour rounding
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What demuxing tells of the video stream: sorted times (N,) in s, rotation in degrees."""
+    """The video stream before it is read: sorted times (N,) in s, clockwise rotation in degrees,
+    and the first frame, upright (H, W, 3)."""
 
     pts_s: np.ndarray
     rotation: int
+    first: np.ndarray
 
 
 def main() -> None:
@@ -57,9 +60,10 @@ def decode(path: Path, spec: WindowSpec, workdir: Path) -> dict:
     Raises ClipRejected where the file or its timing will not do.
     """
     stream = read_stream(path)
-    picks = resample.plan_picks(stream.pts_s, spec.fps) if len(stream.pts_s) > 1 else []
-    check_length(stream.pts_s, picks, spec)
-    starts, left_out = choose_windows(picks, stream.pts_s, spec)
+    check_rate(stream.pts_s, spec.fps)
+    clock_s = resample.clock(stream.pts_s, spec.fps)
+    picks = resample.plan_picks(clock_s, spec.fps)
+    starts, left_out = choose_windows(picks, clock_s, spec)
     last = max(picks[start + spec.num_frames - 1].right for start in starts)
     last = min(last + 1, len(stream.pts_s) - 1)  # motion compensation looks one frame further
     check_whole(path, stream.pts_s[: last + 1])
@@ -69,17 +73,17 @@ def decode(path: Path, spec: WindowSpec, workdir: Path) -> dict:
     def fitted(index: int) -> np.ndarray:
         return fit(get(index), spec.height, spec.width)
 
-    make = resample.frame_maker(fitted, stream.pts_s, spec.resample)
+    make = resample.frame_maker(fitted, clock_s, spec.resample)
     windows = []
     for index, start in enumerate(starts):
         file = f"window_{index:03d}.npy"
         chosen = picks[start : start + spec.num_frames]
         origins = write_window(workdir / file, make, chosen, spec)
-        first_s = stream.pts_s[0]
+        real_s = np.interp(start / spec.fps, clock_s, stream.pts_s - stream.pts_s[0])
         windows.append(
             {
                 "index": index,
-                "start_s": output_time(start, stream.pts_s, spec.fps) - float(first_s),
+                "start_s": float(real_s),
                 "file": file,
                 "inbetween": origins.count("inbetween"),
                 "nearest_fallback": origins.count("nearest") if spec.resample == "auto" else 0,
@@ -120,31 +124,41 @@ def read_stream(path: Path) -> Stream:
     twins = int((np.diff(pts_s) <= 0).sum())
     if twins:
         raise ClipRejected(f"{twins} of its {len(pts_s)} frames share a timestamp with another")
-    return Stream(pts_s, -first.rotation % 360)
+    rotation = -first.rotation % 360
+    return Stream(pts_s, rotation, upright(first, rotation))
 
 
-def check_length(pts_s: np.ndarray, picks: list[resample.Pick], spec: WindowSpec) -> None:
-    """Raise ClipRejected if the clip is slower than the target or shorter than one window."""
-    if len(pts_s) > 1 and resample.is_too_slow(pts_s, spec.fps):
+def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
+    """uint8 RGB (H, W, 3) turned clockwise by `rotation` degrees (to the nearest quarter turn)."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), -round(rotation / 90))
+
+
+def check_rate(pts_s: np.ndarray, fps: float) -> None:
+    """Raise ClipRejected if frames at `pts_s` (N,) are fewer than two or slower than `fps`."""
+    if len(pts_s) < 2:
+        raise ClipRejected(f"it has {len(pts_s)} frames, which is no motion")
+    if resample.is_too_slow(pts_s, fps):
         rate = resample.source_fps(pts_s)
         raise ClipRejected(
-            f"its {rate:.4g} fps are slower than the {spec.fps:g} fps of the model, "
-            "and motion is never invented"
-        )
-    if len(picks) < spec.num_frames:
-        fitting = (len(picks) - 1) // STRIDE * STRIDE + 1
-        hint = f"; num_frames {fitting} would fit" if fitting > 1 else ""
-        raise ClipRejected(
-            f"it gives {len(picks)} frames at {spec.fps:g} fps and {spec.num_frames} are needed"
-            + hint
+            f"its {rate:.4g} fps are slower than the {fps:g} fps of the model; "
+            "give a faster recording, motion is never invented"
         )
 
 
 def choose_windows(
-    picks: list[resample.Pick], pts_s: np.ndarray, spec: WindowSpec
+    picks: list[resample.Pick], clock_s: np.ndarray, spec: WindowSpec
 ) -> tuple[list[int], list[str]]:
-    """First picks of the windows that can be used, and why others cannot. Raises ClipRejected."""
+    """First picks of the windows that can be used, and why others cannot.
+
+    Raises ClipRejected if the clip is shorter than one window or has holes in all of them.
+    """
     room = len(picks) - spec.num_frames
+    if room < 0:
+        fitting = (len(picks) - 1) // STRIDE * STRIDE + 1
+        raise ClipRejected(
+            f"it gives {len(picks)} frames at {spec.fps:g} fps and {spec.num_frames} are needed"
+            + (f"; num_frames {fitting} would fit" if fitting > 1 else "")
+        )
     if spec.windows == "first":
         starts = [0]
     elif spec.windows == "all":
@@ -155,25 +169,17 @@ def choose_windows(
         starts = [round(start) for start in np.linspace(0, room, num)] if num > 1 else [0]
     usable, left_out = [], []
     for start in starts:
-        hole = resample.hole_in(picks[start : start + spec.num_frames], pts_s, spec.fps)
+        hole = resample.hole_in(picks[start : start + spec.num_frames], clock_s, spec.fps)
         if hole is None:
             usable.append(start)
             continue
-        time = output_time(start, pts_s, spec.fps) - pts_s[0]
         left_out.append(
-            f"window at {time:.2f} s left out: {hole:.3f} s without a frame, "
+            f"window at {start / spec.fps:.2f} s left out: {hole:.3f} s without a frame, "
             f"{resample.HOLE / spec.fps:.3f} s can be bridged"
         )
     if not usable:
         raise ClipRejected(f"no window of it can be used: {left_out[0]}")
     return usable, left_out
-
-
-def output_time(k: int, pts_s: np.ndarray, fps: float) -> float:
-    """Time (s) of output frame k on the source's clock."""
-    if resample.is_one_to_one(pts_s, fps):
-        return float(pts_s[k])
-    return float(pts_s[0]) + k / fps
 
 
 def check_whole(path: Path, pts_s: np.ndarray) -> None:
@@ -188,8 +194,8 @@ def check_whole(path: Path, pts_s: np.ndarray) -> None:
             video.thread_type = "AUTO"
             video.codec_context.options = {"err_detect": "+crccheck+bitstream+buffer+careful"}
             for frame in container.decode(video):
-                if frame.is_corrupt:
-                    raise ClipRejected(f"its video stream is damaged at {frame.time:.2f} s")
+                if frame.is_corrupt or frame.pts is None:
+                    raise ClipRejected(f"its video stream is damaged near {frame.time or 0:.2f} s")
                 due.discard(np.round(frame.time, 4))
                 if not due:
                     return
@@ -211,9 +217,17 @@ def open_frames(path: Path, stream: Stream) -> tuple[Callable[[int], np.ndarray]
             why = f"finds {len(reader)} frames where there are {num}"
         elif np.abs((times - times[0]) - (stream.pts_s - stream.pts_s[0])).max() > SAME_TIME_S:
             why = "gives its frames other timestamps"
+        elif not same_picture(reader[0].asnumpy(), stream.first):
+            why = "gives another first frame"  # it does if a row of pixels is padded in memory
         else:
             return lambda index: reader[index].asnumpy(), "decord", None
     return pyav_frames(path, stream), "pyav", f"decord {why}; PyAV decodes it instead"
+
+
+def same_picture(a: np.ndarray, b: np.ndarray) -> bool:
+    return (
+        a.shape == b.shape and float(cv2.absdiff(a, np.ascontiguousarray(b)).mean()) < SAME_PICTURE
+    )
 
 
 def pyav_frames(path: Path, stream: Stream) -> Callable[[int], np.ndarray]:
@@ -225,7 +239,7 @@ def pyav_frames(path: Path, stream: Stream) -> Callable[[int], np.ndarray]:
     def get(index: int) -> np.ndarray:
         while index not in recent:
             position, frame = next(decoded)
-            recent[position] = np.rot90(frame.to_ndarray(format="rgb24"), -stream.rotation // 90)
+            recent[position] = upright(frame, stream.rotation)
             if len(recent) > 8:
                 recent.pop(min(recent))
         return recent[index]

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +34,7 @@ from tempolora.data.shards import (
     index_path,
     prompt_name,
     read_indexes,
+    read_manifest,
     refuse_other_fingerprint,
     write_manifest,
     write_shard,
@@ -167,9 +169,14 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
     for clip, decoded in _decode_ahead(job, scratch):
         index.clips[clip.file] = _identity(clip)
         if isinstance(decoded, ClipRejected):
-            log.warning("%s: rejected: %s", clip.file, decoded)
+            log.warning("rejected: %s", decoded)
             index.rejected[clip.file] = str(decoded)
         else:
+            if decoded.left_out:
+                index.left_out[clip.file] = decoded.left_out
+            for window in decoded.windows:
+                index.frames["inbetween"] += window.inbetween
+                index.frames["nearest_fallback"] += window.nearest_fallback
             text_LD = load_file(texts[clip.caption])["text"]
             samples += _samples_of(job.cfg, encoders, clip, decoded, text_LD)
         if len(samples) >= job.cfg.data.samples_per_shard:
@@ -226,7 +233,7 @@ def _samples_of(
     fps, num_frames = cfg.timebase.fps, cfg.data.num_frames
     sounding = decoded.audio is not None and has_sound(decoded.audio)
     for window in decoded.windows:
-        frames_FHW3 = torch.from_numpy(window.frames[:])
+        frames_FHW3 = torch.from_numpy(np.array(window.frames))
         latents = encoders.encode_frames(frames_FHW3)
         rhythm = {"motion_energy": motion_energy(frames_FHW3)}
         if sounding:
@@ -254,7 +261,10 @@ def _samples_of(
                 "width": cfg.data.width,
                 "inbetween_frames": window.inbetween,
                 "nearest_fallback_frames": window.nearest_fallback,
+                "decoder": decoded.decoder,
+                "rotation": decoded.rotation,
                 "sound": sounding,
+                "no_sound_because": decoded.no_audio or (None if sounding else "it is silent"),
                 **encoders.fingerprints(),
             },
         )
@@ -275,7 +285,15 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], wanted: dict[str, Any]
         log.info("this share is done; %d clips remain with other processes", len(missing))
         return False
     write_manifest(folder, indexes, {"clips": len(clips)})
-    samples = sum(len(index.samples) for index in indexes.values())
-    rejected = sum(len(index.rejected) for index in indexes.values())
-    log.info("%s: %d samples of %d clips, %d rejected", folder, samples, len(clips), rejected)
+    manifest = read_manifest(folder)
+    log.info(
+        "%s: %d samples from %d clips, %d clips rejected; %d frames made between source frames, "
+        "%d taken from the nearest because none could be made",
+        folder,
+        manifest["samples"],
+        len(clips),
+        len(manifest["rejected"]),
+        manifest["frames"]["inbetween"],
+        manifest["frames"]["nearest_fallback"],
+    )
     return True

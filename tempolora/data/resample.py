@@ -17,7 +17,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-SAME_RATE = 0.005  # source and target rates this close (relative) are taken one to one
+SAME_RATE = 0.005  # a tempo change this small (relative) is worth fewer made-up frames
 ON_TIME = 0.02  # a source frame this close (in source intervals) to the output time is taken
 HOLE = 2.0  # a gap between source frames longer than this many target intervals is a hole
 NATURAL_HZ = 3.5  # swings up to about this rate keep their full width between source frames
@@ -40,48 +40,46 @@ def source_fps(pts_s: np.ndarray) -> float:
     return (len(pts_s) - 1) / float(pts_s[-1] - pts_s[0])
 
 
-def is_one_to_one(pts_s: np.ndarray, fps: float) -> bool:
-    """Is the source constant-rate (to 2 ms, or 5 % of its interval) and within 0.5 % of `fps`?"""
-    rate = source_fps(pts_s)
-    uneven = np.abs(np.diff(pts_s) * rate - 1).max()
-    return abs(rate / fps - 1) <= SAME_RATE and uneven <= max(0.05, 0.002 * rate)
-
-
 def is_too_slow(pts_s: np.ndarray, fps: float) -> bool:
     """Is the source slower than `fps` by more than 0.5 %?"""
     return source_fps(pts_s) < fps * (1 - SAME_RATE)
 
 
-def plan_picks(pts_s: np.ndarray, fps: float) -> list[Pick]:
-    """All output frames that sorted timestamps (N,) in seconds allow at `fps` Hz, from the first.
+def clock(pts_s: np.ndarray, fps: float) -> np.ndarray:
+    """Times (N,) in s of the source frames on the output's clock, which starts at the first frame.
 
-    Output k is at pts_s[0] + k / fps; at a constant rate within 0.5 % it is source frame k.
+    A constant-rate source within 0.5 % of n/2 times `fps` is taken to run at exactly that: 16.02
+    fps is one to one with 16, and 23.976 fps gives 16 fps a source frame at every other output.
+    Any other source keeps its timestamps. Constant: to 2 ms or 5 % of the frame interval.
     """
-    if is_one_to_one(pts_s, fps):
-        return [Pick(k, k, 0.0) for k in range(len(pts_s))]
-    slack = ON_TIME * np.diff(pts_s).min()
-    num = int(np.floor((pts_s[-1] - pts_s[0] + slack) * fps)) + 1
+    since_first = pts_s - pts_s[0]
+    rate = source_fps(pts_s)
+    unevenness = np.abs(np.diff(pts_s) * rate - 1).max()
+    multiple = round(2 * rate / fps) / 2
+    if unevenness > max(0.05, 0.002 * rate) or abs(rate / fps - multiple) > SAME_RATE * multiple:
+        return since_first
+    return np.arange(len(pts_s)) / (multiple * fps)
+
+
+def plan_picks(clock_s: np.ndarray, fps: float) -> list[Pick]:
+    """All output frames at k / fps that frames at `clock_s` (N,) in s, from 0, allow."""
+    gaps = np.diff(clock_s)
+    num = int(np.floor((clock_s[-1] + ON_TIME * gaps[-1]) * fps)) + 1
     picks = []
-    for time in pts_s[0] + np.arange(num) / fps:
-        right = int(np.searchsorted(pts_s, time))
-        nearest = min(range(max(right - 1, 0), min(right + 1, len(pts_s))), key=_away(pts_s, time))
-        left = max(right - 1, 0)
-        gap = pts_s[min(left + 1, len(pts_s) - 1)] - pts_s[left]
-        if abs(pts_s[nearest] - time) <= ON_TIME * gap:
-            picks.append(Pick(nearest, nearest, 0.0))
+    for time in np.arange(num) / fps:
+        left = min(int(np.searchsorted(clock_s, time, side="right")) - 1, len(gaps) - 1)
+        at = float((time - clock_s[left]) / gaps[left])
+        if abs(at - round(at)) <= ON_TIME:
+            picks.append(Pick(left + round(at), left + round(at), 0.0))
         else:
-            picks.append(Pick(left, left + 1, float((time - pts_s[left]) / gap)))
+            picks.append(Pick(left, left + 1, at))
     return picks
 
 
-def _away(pts_s: np.ndarray, time: float) -> Callable[[int], float]:
-    return lambda index: abs(pts_s[index] - time)
-
-
-def hole_in(picks: list[Pick], pts_s: np.ndarray, fps: float) -> float | None:
+def hole_in(picks: list[Pick], clock_s: np.ndarray, fps: float) -> float | None:
     """Length (s) of the longest gap that `picks` would have to bridge, if it is a hole."""
     first, last = picks[0].left, picks[-1].right
-    gap = float(np.diff(pts_s[first : last + 1]).max(initial=0.0))
+    gap = float(np.diff(clock_s[first : last + 1]).max(initial=0.0))
     return gap if gap > HOLE / fps * (1 + 1e-6) else None
 
 
@@ -94,9 +92,9 @@ class Made:
 
 
 def frame_maker(
-    get: Callable[[int], np.ndarray], pts_s: np.ndarray, mode: str
+    get: Callable[[int], np.ndarray], clock_s: np.ndarray, mode: str
 ) -> Callable[[Pick], Made]:
-    """A function that makes the output frame of a `Pick`; `get(i)` is source frame i, uint8 (H, W, 3).
+    """A function that makes the frame of a `Pick`; `get(i)` is source frame i, uint8 (H, W, 3).
 
     mode "auto" makes in-betweens, "nearest" takes the nearest frame, "blend" averages by time. Call
     it in order of time: neighbouring picks share the flow between the same two frames.
@@ -123,7 +121,7 @@ def frame_maker(
         if mode == "blend":
             return Made(cv2.addWeighted(left, 1 - pick.at, right, pick.at, 0), "inbetween")
         assert mode == "auto", mode
-        paths, agreed_share = _paths(pick, small_gray, flow, pts_s)
+        paths, agreed_share = _paths(pick, small_gray, flow, clock_s)
         if agreed_share < AGREED_SHARE:
             return Made(get(nearest), "nearest")
         return Made(_render(paths, left, right), "inbetween")
@@ -136,7 +134,7 @@ class Paths:
     """Where each pixel of an in-between comes from, on the (h, w) grid that flow was computed on.
 
     `to_left`, `to_right`: offsets (h, w, 2) in px of that grid to the same thing in the two
-    neighbours; `from_left` (h, w): which neighbour gives the colour.
+    neighbours; `from_left` (h, w): how much of the colour the left one gives, 0 or 1 but at seams.
     """
 
     to_left: np.ndarray
@@ -144,15 +142,15 @@ class Paths:
     from_left: np.ndarray
 
 
-def _paths(pick: Pick, gray: Callable, flow: Callable, pts_s: np.ndarray) -> tuple[Paths, float]:
-    """The paths through the in-between of `pick`, and the share of it where the neighbours agree."""
+def _paths(pick: Pick, gray: Callable, flow: Callable, clock_s: np.ndarray) -> tuple[Paths, float]:
+    """The paths through the in-between of `pick`, and the share where the neighbours agree."""
     left, right = pick.left, pick.right
-    gap = float(pts_s[right] - pts_s[left])
+    gap = float(clock_s[right] - clock_s[left])
     past = future = None
     if left > 0:
-        past = flow(left, left - 1), float(pts_s[left - 1] - pts_s[left]) / gap
-    if right + 1 < len(pts_s):
-        future = flow(right, right + 1), float(pts_s[right + 1] - pts_s[left]) / gap
+        past = flow(left, left - 1), float(clock_s[left - 1] - clock_s[left]) / gap
+    if right + 1 < len(clock_s):
+        future = flow(right, right + 1), float(clock_s[right + 1] - clock_s[left]) / gap
     forth, back = flow(left, right), flow(right, left)
     a = _carry(gray(left), gray(right), forth, back, past, future, gap, pick.at)
     past, future = (end and (end[0], 1 - end[1]) for end in (future, past))  # time runs backwards
@@ -161,11 +159,17 @@ def _paths(pick: Pick, gray: Callable, flow: Callable, pts_s: np.ndarray) -> tup
     agreed = (np.where(use_a, a.error, b.error) < PHOTO_LEVELS) & (a.hit | b.hit)
     # Where both neighbours show the thing the nearer one is sharper than a mean; where one hides
     # it, only the one that the path started from has the right colour.
+    from_left = np.where(agreed, pick.at <= 0.5, use_a).astype(np.float32)
     return Paths(
-        to_left=np.where(use_a[..., None], a.to_near, b.to_far),
-        to_right=np.where(use_a[..., None], a.to_far, b.to_near),
-        from_left=np.where(agreed, pick.at <= 0.5, use_a),
+        to_left=_calm(np.where(use_a[..., None], a.to_near, b.to_far)),
+        to_right=_calm(np.where(use_a[..., None], a.to_far, b.to_near)),
+        from_left=cv2.blur(cv2.medianBlur(from_left, 5), (3, 3)),
     ), float(agreed.mean())
+
+
+def _calm(offsets: np.ndarray) -> np.ndarray:
+    """Offsets (h, w, 2) without stray pixels; edges between motions stay sharp."""
+    return np.stack([cv2.medianBlur(np.ascontiguousarray(offsets[..., c]), 5) for c in (0, 1)], -1)
 
 
 def _flow(here: np.ndarray, there: np.ndarray) -> np.ndarray:
@@ -232,7 +236,7 @@ def time_weights(knots: list[float], at: float, gap_s: float) -> np.ndarray:
 
 
 def _render(paths: Paths, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The in-between (H, W, 3): one Lanczos-4 look-up per pixel, in the frame that `paths` names."""
+    """The in-between (H, W, 3): a Lanczos-4 look-up per pixel, in the frame that `paths` names."""
     height, width = left.shape[:2]
     scale = np.float32([width / paths.from_left.shape[1], height / paths.from_left.shape[0]])
     here = _grid((height, width))
@@ -242,13 +246,13 @@ def _render(paths: Paths, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         mode = cv2.BORDER_REPLICATE
         return cv2.remap(frame, at_px, None, cv2.INTER_LANCZOS4, borderMode=mode)
 
-    choice = cv2.resize(paths.from_left.astype(np.float32), (width, height)) > 0.5
-    if choice.all():
+    share = cv2.resize(paths.from_left, (width, height))[..., None]
+    if share.min() == 1:
         return look_up(left, paths.to_left)
-    if not choice.any():
+    if share.max() == 0:
         return look_up(right, paths.to_right)
-    pair = look_up(left, paths.to_left), look_up(right, paths.to_right)
-    return np.where(choice[..., None], *pair)
+    mixed = share * look_up(left, paths.to_left) + (1 - share) * look_up(right, paths.to_right)
+    return np.rint(mixed).astype(np.uint8)
 
 
 def _grid(shape: tuple[int, ...]) -> np.ndarray:
@@ -260,7 +264,7 @@ def _grid(shape: tuple[int, ...]) -> np.ndarray:
 def _splat(
     values: np.ndarray, importance: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of `values` (h, w, C) by importance, splatted bilinearly at `target`; where any landed."""
+    """Mean by importance of `values` (h, w, C) splatted at `target`, and where any landed."""
     height, width, channels = values.shape
     corner = np.floor(target).astype(np.int32)
     part = target - corner

@@ -61,6 +61,8 @@ class ShardIndex:
 
     samples: key -> member -> [offset, bytes, SHA-256]. clips: file -> what `clip_identity` gave.
     rejected: file -> reason; such clips are in `clips` too, so that they are not tried again.
+    left_out: file -> reasons, of windows that could not be used. frames: counts of frames that
+    are not source frames: made in between, or taken from the nearest for want of a good one.
     """
 
     fingerprint: dict[str, Any]
@@ -68,6 +70,8 @@ class ShardIndex:
     samples: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     clips: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=lambda: {"inbetween": 0, "nearest_fallback": 0})
 
 
 def fingerprint(cfg: Config, models: dict[str, str]) -> dict[str, Any]:
@@ -156,13 +160,19 @@ def write_manifest(folder: Path, indexes: dict[str, ShardIndex], facts: dict[str
         }
         for name, index in sorted(indexes.items())
     ]
-    rejected = {file: why for index in indexes.values() for file, why in index.rejected.items()}
+    every = indexes.values()
+    rejected = {file: why for index in every for file, why in index.rejected.items()}
     manifest = {
         "format": FORMAT,
         "fingerprint": first.fingerprint,
         "samples": sum(shard["count"] for shard in shards),
         "shards": shards,
         "rejected": [{"file": file, "reason": why} for file, why in sorted(rejected.items())],
+        "left_out": {file: why for index in every for file, why in index.left_out.items()},
+        "frames": {
+            kind: sum(index.frames[kind] for index in every)
+            for kind in ("inbetween", "nearest_fallback")
+        },
         **facts,
     }
     write_json(folder / MANIFEST, manifest)

@@ -112,7 +112,7 @@ def draw_toy_set(
 def random_motion(
     kind: str, height: int, width: int, rng: np.random.Generator
 ) -> tuple[Motion, str]:
-    """A motion of `kind` at 1 to 4 Hz (log-uniform) that fits the picture, and its colour's name."""
+    """A motion of `kind` at 1 to 4 Hz (log-uniform) that fits the picture; its colour's name."""
     colour = str(rng.choice(list(COLOURS)))
     motion = Motion(
         kind=kind,
@@ -181,14 +181,20 @@ def _parabola(turn: float) -> float:
 
 
 def _paint(colour, motion: Motion, u: np.ndarray, v: np.ndarray, layer: int) -> np.ndarray:
-    """(H, W, 3): the flat colour, or a pattern of 12 waves of 6 to 24 px, exact at any position."""
+    """(H, W, 3): the flat colour, or a pattern of 12 waves, exact at any position.
+
+    Their pitch goes from 6 to 96 px at equal strength per octave, as in natural pictures.
+    """
     flat = np.asarray(colour, np.float32)
     if not motion.textured:
         return np.broadcast_to(flat, (*u.shape, 3))
     rng = np.random.default_rng([motion.seed, layer])
     pattern = np.zeros_like(u)
-    for _ in range(12):
-        pitch, angle, start = rng.uniform(6, 24), rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
+    for pitch in np.geomspace(6, 96, 12):
+        angle = rng.uniform(0, np.pi)
+        start = rng.uniform(0, 2 * np.pi) if layer == 1 else 0.0  # half a turn leaves movers alike
         k = np.float32(2 * np.pi / pitch)
-        pattern += np.cos(k * (np.cos(angle) * u + np.sin(angle) * v) + start)
+        pattern += np.cos(
+            k * (np.float32(np.cos(angle)) * u + np.float32(np.sin(angle)) * v) + start
+        )
     return flat + (8 * pattern)[..., None].astype(np.float32)

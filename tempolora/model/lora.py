@@ -141,8 +141,8 @@ class RowLora(peft_lora.Linear):
         if delta.shape[-1] == self.out_features:
             return result + delta
         # The sum is written into the padded delta, our own tensor: one buffer, and a backward
-        # that passes the gradient on as it is. Writing into `result` is not allowed under ZeRO-3,
-        # whose hooks make the base layer's output a view that autograd won't have modified.
+        # that hands the gradient on uncopied. Writing into a slice of `result` would have autograd
+        # copy its gradient, and is an error where a full backward hook watches the base layer.
         result = result.unflatten(-1, (self.num_heads, -1))
         delta = delta.unflatten(-1, (self.num_heads, -1))
         total = F.pad(delta, (0, result.shape[-1] - delta.shape[-1]))
@@ -260,9 +260,7 @@ def _kaiming_uniform(rank: int, width: int, key: str) -> Tensor:
     """PEFT's initial A (R, D), drawn from a generator seeded with `key`."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return nn.init.kaiming_uniform_(
-        torch.empty(rank, width), a=math.sqrt(5), generator=generator
-    )
+    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 
 def _layers(transformer: nn.Module) -> dict[str, RowLora]:

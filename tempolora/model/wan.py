@@ -7,16 +7,18 @@ Shapes: B batch, C channel, T latent frame, F video frame, H, W latent height an
 beside F), L token, D width.
 """
 
-import functools
 import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
@@ -42,6 +44,10 @@ from tempolora.model.location import (
 from tempolora.variants import TEMPORAL_STRIDE, TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
+
+if not sys.stderr.isatty():  # a log file wants lines, not bars
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 TIMESTEPS = 1000  # the transformer's timestep is TIMESTEPS * sigma
 RANDOM_SEED = 0
@@ -139,6 +145,10 @@ def _fetch(model: ModelConfig, part: str, cls: type, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}") from error
+    except NotImplementedError as error:  # a weight that the files lack stays on meta
+        raise ConfigError(
+            f"model.id: the {part} of {model.id} lacks weights; the warning above names them"
+        ) from error
 
 
 def _random(
@@ -267,7 +277,7 @@ def _vae_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_lora_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA file's tensors under diffusers' names, `transformer.blocks.N.attn1.to_q.lora_A.weight`.
+    """A LoRA file's tensors by diffusers' names: `transformer.blocks.N.attn1.to_q.lora_A.weight`.
 
     Takes the forms that WanPipeline.load_lora_weights takes, and folds `.alpha` in as it does.
     Raises KeyError or ValueError where diffusers cannot convert them.
@@ -411,28 +421,6 @@ def _per_token(
     if clean_first_frame:
         timestep_BTN[:, 0] = 0
     return timestep_BTN.flatten(1)
-
-
-def keep_time_embedding_fp32(transformer: nn.Module) -> None:
-    """Run the time embedding in its own precision even inside torch.autocast.
-
-    Timesteps reach 1000 and bf16 has 8 bits: Wan therefore keeps the time embedder in fp32, and at
-    inference, without autocast, it computes there. Autocast would cast its inputs and weights to
-    bf16 all the same, and train the LoRA against a conditioning that inference never has. The
-    projection to the blocks stays as inference has it too: in the dtype of its weights.
-    """
-    embedder = transformer.condition_embedder
-    for module in (embedder.time_embedder, embedder.time_proj):
-        module.forward = _without_autocast(module.forward)
-
-
-def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    @functools.wraps(forward)
-    def wrapped(inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, enabled=False):
-            return forward(inputs)
-
-    return wrapped
 
 
 # --- Naming the weights ---------------------------------------------------------------------------

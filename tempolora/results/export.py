@@ -64,8 +64,7 @@ def export_lora(
     """
     standard = standard_lora(state, lora, num_heads=num_heads, head_dim=head_dim, rows=rows)
     tensors = {
-        _original_key(name): weight.detach().cpu().contiguous()
-        for name, weight in standard.items()
+        _original_key(name): weight.detach().cpu().contiguous() for name, weight in standard.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, safetensors.torch.save(tensors, metadata))

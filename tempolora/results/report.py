@@ -9,7 +9,6 @@ import base64
 import io
 import itertools
 import json
-import logging
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -28,8 +27,6 @@ from tempolora.config import ConfigError
 from tempolora.files import replacing
 from tempolora.results.export import lora_file_name
 
-logger = logging.getLogger(__name__)
-
 EXPERTS = ("single", "high", "low")
 EXPERT_NAMES = {"single": "transformer", "high": "high-noise", "low": "low-noise"}
 TERMS = {"loss": "Loss", "flow": "Flow term", "spectral": "Spectral term", "tv": "Smoothness term"}
@@ -40,6 +37,7 @@ OTHER_CURVES = {
     "sigma": "Mean sigma",
     "seconds": "Seconds per step",
     "samples_per_s": "Samples per second",
+    "peak_gib": "Peak GPU memory in GiB",
 }
 VIDEOS = {
     "sample_before_lora.mp4": "Before: base model",
@@ -84,7 +82,6 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    logger.info("wrote %s", path)
     return path
 
 

@@ -254,16 +254,15 @@ def loras_in(paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS) -> 
     """Expert -> LoRA file, for `--lora`: output folders, or files named one by one.
 
     experts: those the model has. A folder gives the files that training leaves there. A file says
-    its expert in its header's metadata, or else by "high" or "low" in its name; for a model with
-    one transformer, a file that says nothing is taken to be for that. Raises ConfigError if a
-    file is no safetensors file, its expert cannot be told or is none of the model's, if two are
-    for the same expert, or if a folder holds none.
+    its expert in its header's metadata, or else by "high" or "low" in its name; where the model
+    has one transformer, a header that says nothing will do. Raises ConfigError if a file is no
+    safetensors file, its expert cannot be told or is none of the model's, if two are for the same
+    expert, or if a folder holds none.
     """
     found: dict[str, Path] = {}
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
-        for expert, file in (
-            _of_folder(path, experts) if path.is_dir() else [_of_file(path, experts)]
-        ):
+        pairs = _of_folder(path, experts) if path.is_dir() else [(_said(path, experts), path)]
+        for expert, file in pairs:
             if expert in found:
                 raise ConfigError(f"--lora: {found[expert]} and {file} are both for {expert!r}")
             found[expert] = file
@@ -280,15 +279,16 @@ def _of_folder(folder: Path, experts: Sequence[str]) -> list[tuple[str, Path]]:
     return present
 
 
-def _of_file(path: Path, experts: Sequence[str]) -> tuple[str, Path]:
-    metadata = read_metadata(path)
-    if metadata.get("expert"):
-        return metadata["expert"], path
-    said = [name for name in ("high", "low") if name in path.name.lower()]
-    if len(said) == 1:
-        return said[0], path
+def _said(path: Path, experts: Sequence[str]) -> str:
+    """The expert that a LoRA file says it is for."""
+    expert = read_metadata(path).get("expert")
+    if expert:
+        return expert
     if tuple(experts) == ("single",):
-        return "single", path
+        return "single"  # whatever its name: "high_contrast" is no expert here
+    named = [name for name in ("high", "low") if name in path.name.lower()]
+    if len(named) == 1:
+        return named[0]
     raise ConfigError(
         f"--lora: cannot tell which expert {path} is for: its header has no expert, and its name "
         'does not hold one of "high" and "low"'

@@ -1,0 +1,237 @@
+"""The caption list names every mistake, and no file can take the run with it."""
+
+import json
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from tempolora.config import ConfigError
+from tempolora.data import clips
+from tempolora.data.clips import ClipRejected, WindowSpec, list_clips, read_clip
+from tempolora.data.toy import Motion, click_track, draw_clip
+from tempolora.data.video import write_mp4
+
+SPEC = WindowSpec(16, 9, 32, 48, "first", 2, "auto")
+TIMEOUT_S = 60
+
+
+def folder_with(tmp_path, listing, name="prompts.txt", files=("a.mp4", "b.mp4")):
+    for file in files:
+        (tmp_path / file).write_bytes(b"x")
+    data = listing if isinstance(listing, bytes) else listing.encode()
+    (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_a_bom_comments_blank_lines_and_bars_in_the_prompt_are_understood(tmp_path):
+    source = folder_with(tmp_path, "\ufeff# mine\n\na.mp4|left | right\r\n b.mp4 | café\n")
+    found = [(clip.file, clip.caption) for clip in list_clips(source)]
+    assert found == [("a.mp4", "left | right"), ("b.mp4", "café")]
+
+
+def test_metadata_jsonl_is_read_as_well(tmp_path):
+    line = json.dumps({"file_name": "a.mp4", "text": "a cat"})
+    source = folder_with(tmp_path, line, "metadata.jsonl")
+    assert [(c.path, c.caption) for c in list_clips(source)] == [(source / "a.mp4", "a cat")]
+
+
+@pytest.mark.parametrize(
+    ("listing", "says"),
+    [
+        ("", "lists no clip"),
+        ("# only a comment\n", "lists no clip"),
+        ("a.mp4|fine\nb.mp4 no bar\n", "line 2: no |"),
+        ("a.mp4|  \n", "line 1: a.mp4 has an empty caption"),
+        ("|words\n", "line 1: no file name"),
+        ("gone.mp4|words\n", "line 1: gone.mp4 is not there"),
+        ("../a.mp4|words\n", "leads out of"),
+        ("/etc/hostname|words\n", "leads out of"),
+        ("a.mp4|one\nsub/../a.mp4|two\n", "line 2: sub/../a.mp4 is listed twice"),
+        (b"a.mp4|fine\nb.mp4|caf\xe9\n", "line 2: not UTF-8"),
+    ],
+)
+def test_each_mistake_in_prompts_txt_is_one_sentence_naming_the_place(tmp_path, listing, says):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ConfigError) as error:
+        list_clips(folder_with(tmp_path, listing))
+    assert says in str(error.value)
+    assert "prompts.txt" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"file_name": "a.mp4"}', '{"file_name": 1, "text": 2}']
+)
+def test_a_bad_metadata_line_is_named(tmp_path, line):
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl, line 1"):
+        list_clips(folder_with(tmp_path, line, "metadata.jsonl"))
+
+
+def test_a_missing_folder_no_list_and_two_lists_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        list_clips(tmp_path / "none")
+    with pytest.raises(ConfigError, match="neither"):
+        list_clips(tmp_path)
+    folder_with(tmp_path, "a.mp4|x")
+    with pytest.raises(ConfigError, match="remove"):
+        list_clips(folder_with(tmp_path, "{}", "metadata.jsonl"))
+
+
+def test_a_symlink_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "secret.mp4").write_bytes(b"x")
+    inner = tmp_path / "data"
+    inner.mkdir()
+    (inner / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    with pytest.raises(ConfigError, match="leads out of"):
+        list_clips(folder_with(inner, "link.mp4|x"))
+
+
+def drawn(path, fps, seconds, audio=None, rate=None, height=48, width=64):
+    motion = Motion("square", 1.5, 0.3, 8)
+    num = round(seconds * fps)
+    frames = draw_clip(motion, fps=float(fps), num_frames=num, height=height, width=width)
+    write_mp4(path, frames, fps, audio, rate)
+    return frames
+
+
+def test_a_clip_at_the_target_rate_comes_through_frame_for_frame_with_its_sound(tmp_path):
+    audio = click_track(np.array([0.5]), 1.25, 48_000)
+    frames = drawn(tmp_path / "a.mp4", 16, 1.25, np.stack([audio, audio], 1), 48_000, 32, 64)
+    spec = WindowSpec(16, 9, 32, 64, "first", 1, "auto")
+    clip = read_clip(tmp_path / "a.mp4", spec, tmp_path / "w", TIMEOUT_S)
+    (window,) = clip.windows
+    assert isinstance(window.frames, np.memmap)
+    assert window.frames.shape == (9, 32, 64, 3)
+    assert window.frames.dtype == np.uint8
+    assert (window.inbetween, window.nearest_fallback, clip.decoder) == (0, 0, "decord")
+    # H.264 at crf 12 keeps luminance to a few levels; a frame off would differ by far more
+    assert np.abs(window.frames.mean(-1) - frames[:9].mean(-1)).mean() < 3
+    assert clip.source_fps == pytest.approx(16)
+    assert clip.audio_rate == 22_050
+    # AAC's encoder delay is taken out by the container: the click is where it was put
+    click_s = np.flatnonzero(np.abs(clip.audio) > 0.2)[0] / clip.audio_rate + clip.audio_start_s
+    assert click_s == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_file_that_decord_misreads_is_decoded_by_pyav_and_said_so(tmp_path, caplog):
+    """decord 0.6 takes the padding of a 48 px row for a fourth channel."""
+    frames = drawn(tmp_path / "a.mp4", 16, 1, height=32, width=48)
+    clip = read_clip(tmp_path / "a.mp4", SPEC, tmp_path / "w", TIMEOUT_S)
+    assert clip.decoder == "pyav"
+    assert "PyAV decodes it instead" in caplog.text
+    assert np.abs(clip.windows[0].frames.mean(-1) - frames[:9].mean(-1)).mean() < 3
+
+
+def test_all_windows_lie_end_to_end_and_spaced_ones_span_the_clip(tmp_path):
+    drawn(tmp_path / "a.mp4", 24, 2.2)
+    starts = {}
+    for windows in ("all", "spaced"):
+        spec = WindowSpec(16, 9, 32, 48, windows, 2, "nearest")
+        clip = read_clip(tmp_path / "a.mp4", spec, tmp_path / windows, TIMEOUT_S)
+        starts[windows] = [w.start_s for w in clip.windows]
+    assert starts["all"] == pytest.approx([0, 9 / 16, 18 / 16], abs=1e-6)
+    assert starts["spaced"] == pytest.approx([0, 26 / 16], abs=1e-6)
+
+
+def test_frames_of_a_later_window_equal_those_of_a_straight_decode(tmp_path):
+    import av
+
+    drawn(tmp_path / "a.mp4", 16, 4, height=32, width=64)
+    spec = WindowSpec(16, 9, 32, 64, "spaced", 3, "auto")
+    clip = read_clip(tmp_path / "a.mp4", spec, tmp_path / "w", TIMEOUT_S)
+    with av.open(tmp_path / "a.mp4") as container:
+        straight = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert clip.decoder == "decord"
+    for window in clip.windows:
+        first = round(window.start_s * 16)
+        gap = np.abs(window.frames.astype(int) - straight[first : first + 9])
+        assert gap.mean() < 2  # the two decoders round colours differently
+
+
+def test_too_slow_and_too_short_clips_are_rejected_with_the_numbers(tmp_path):
+    drawn(tmp_path / "slow.mp4", 8, 2)
+    with pytest.raises(ClipRejected, match=r"slow\.mp4: its 8 fps are slower than the 16 fps"):
+        read_clip(tmp_path / "slow.mp4", SPEC, tmp_path / "w", TIMEOUT_S)
+    drawn(tmp_path / "short.mp4", 16, 7 / 16)
+    with pytest.raises(
+        ClipRejected, match="gives 7 frames at 16 fps and 9 are needed; num_frames 5"
+    ):
+        read_clip(tmp_path / "short.mp4", SPEC, tmp_path / "w", TIMEOUT_S)
+
+
+def test_damaged_streams_and_other_files_are_rejected(tmp_path):
+    drawn(tmp_path / "a.mp4", 16, 2)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    start = data.index(b"mdat") + 1200
+    data[start : start + 600] = os.urandom(600)
+    (tmp_path / "torn.mp4").write_bytes(data)
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(ClipRejected, match=r"torn\.mp4: .*damaged"):
+        spec = WindowSpec(16, 29, 32, 48, "first", 1, "auto")
+        read_clip(tmp_path / "torn.mp4", spec, tmp_path / "w", TIMEOUT_S)
+    with pytest.raises(ClipRejected, match="cannot be opened as a video"):
+        read_clip(tmp_path / "text.mp4", SPEC, tmp_path / "w", TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "crashed with SIGSEGV"),
+        ("raise SystemExit('out of disk')", r"failed \(out of disk\)"),
+        ("pass", "left no answer"),
+        ("import time; time.sleep(60)", "longer than 1 s"),
+    ],
+)
+def test_a_worker_that_crashes_fails_or_hangs_rejects_only_its_clip(
+    tmp_path, monkeypatch, does, says
+):
+    popen = clips.subprocess.Popen
+
+    def other_worker(command, **options):
+        return popen([command[0], "-c", does], **options)
+
+    monkeypatch.setattr(clips.subprocess, "Popen", other_worker)
+    with pytest.raises(ClipRejected, match=says):
+        read_clip(tmp_path / "a.mp4", SPEC, tmp_path / "w", 1 if "sleep" in does else TIMEOUT_S)
+
+
+def test_a_rotation_flag_is_applied_exactly_once(tmp_path):
+    """Against a reference turned by numpy; the flag is the matrix of ISO/IEC 14496-12 8.3.2."""
+    frames = drawn(tmp_path / "a.mp4", 16, 1, height=32, width=64)
+    data = (tmp_path / "a.mp4").read_bytes()
+    one, root = (1 << 16).to_bytes(4, "big"), (1 << 30).to_bytes(4, "big")
+    nil, minus = bytes(4), (-(1 << 16)).to_bytes(4, "big", signed=True)
+    plain = one + nil * 3 + one + nil * 3 + root
+    place = data.index(plain, data.index(b"tkhd"))
+    turned = nil + one + nil + minus + nil * 4 + root  # 90 degrees clockwise
+    (tmp_path / "r.mp4").write_bytes(data[:place] + turned + data[place + len(plain) :])
+    spec = WindowSpec(16, 9, 64, 32, "first", 1, "nearest")
+    clip = read_clip(tmp_path / "r.mp4", spec, tmp_path / "w", TIMEOUT_S)
+    assert clip.rotation == 90
+    upright = np.rot90(frames[:9], -1, axes=(1, 2)).astype(float)
+    gap = np.abs(clip.windows[0].frames.mean(-1) - upright.mean(-1))
+    assert gap.mean() < 3
+
+
+def test_a_gap_in_the_stream_leaves_the_window_out(tmp_path):
+    import av
+
+    drawn(tmp_path / "a.mp4", 16, 4)
+    with av.open(tmp_path / "a.mp4") as container:
+        frames = list(container.decode(video=0))
+    with av.open(tmp_path / "gap.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(16))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for k, frame in enumerate(frames):
+            if not 22 <= k < 27:
+                fresh = av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")
+                fresh.pts, fresh.time_base = k, Fraction(1, 16)
+                container.mux(stream.encode(fresh))
+        container.mux(stream.encode())
+    spec = WindowSpec(14, 9, 32, 48, "all", 9, "nearest")
+    clip = read_clip(tmp_path / "gap.mp4", spec, tmp_path / "w", TIMEOUT_S)
+    assert len(clip.left_out) == 1
+    assert "0.375 s without a frame" in clip.left_out[0]
+    assert [round(w.start_s * 14) for w in clip.windows] == [0, 9, 27, 36, 45]
