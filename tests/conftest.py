@@ -27,3 +27,42 @@ def tinywan(tempolora_cache: Path) -> Callable[[str], Path]:
     from tempolora.model.tinywan import tinywan_folder  # imports diffusers: only where it is used
 
     return tinywan_folder
+
+
+SMALL = (
+    "data.num_frames=17",
+    "train.max_steps=4",
+    "train.checkpoint_every=2",
+    "train.keep_checkpoints=5",
+    "train.warmup_steps=0",
+    "train.optimizer=adamw",
+    "output.sample_steps=0",
+    "output.trackers=[]",
+)
+"""Laid over configs/toy.json: a run of seconds."""
+
+
+def overrides(*settings: str) -> list[str]:
+    """`--set` arguments for the command line."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six drawn clips with prompts.txt, really encoded: 17 frames of 64x64 at 16 fps."""
+    from tempolora.data.toy import draw_toy_set
+
+    folder = tmp_path_factory.mktemp("toy") / "clips"
+    draw_toy_set(folder, fps=16, num_frames=17, height=64, width=64, clips=6, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_shards(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards that `tempolora precompute` makes of them with TinyWan."""
+    from tempolora.cli import main
+
+    folder = tmp_path_factory.mktemp("toy_shards") / "shards"
+    sets = overrides(*SMALL, f"data.source={toy_data}", f"data.shards={folder}")
+    assert main(["precompute", *sets]) == 0
+    return folder

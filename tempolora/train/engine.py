@@ -8,8 +8,8 @@ ZeRO. Neither changes the model's own code.
     forward through `transformer` -> backward(loss) for each microstep -> step(lr) -> lora_state()
 """
 
-import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def build_engine(cfg: Config, transformer: nn.Module, world: World) -> "Engine":
         if cfg.train.checkpointing == "full":
             # Inside the compiled block, and inside FSDP's hooks: weights gathered for a block's
             # backward serve its recomputation too.
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block.forward)
         if cfg.train.compile:
             block.compile()
     if kind == "deepspeed":
@@ -76,6 +76,16 @@ def build_engine(cfg: Config, transformer: nn.Module, world: World) -> "Engine":
     else:
         transformer.to(world.device)
     return TorchEngine(cfg.train, transformer, world)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` with gradient checkpointing. A plain function: a functools.partial in its place
+    makes torch.compile pass the whole block over in silence."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def _bytes(transformer: nn.Module) -> int:
