@@ -271,9 +271,15 @@ def _check_rhythm(cfg: Config) -> None:
     low, high = rhythm.band_hz
     if low >= high:
         raise ConfigError(f"rhythm.band_hz: {low} Hz is not below {high} Hz")
+    bins = timebase.latent_bins_hz[1:]
+    for key in ("spec_weight", "tv_weight"):
+        if getattr(rhythm, key) and not bins:
+            raise ConfigError(
+                f"rhythm.{key}: {cfg.data.num_frames} frames are too few for a rhythm in the "
+                f"latents; set it to 0, or data.num_frames to 9 or more"
+            )
     if rhythm.spec_weight == 0:
         return
-    bins = timebase.latent_bins_hz[1:]
     carried = (
         f"{cfg.data.num_frames} frames at {timebase.fps:g} fps carry {bins[0]:.2f} to "
         f'{bins[-1]:.2f} Hz in the latents (rhythm.signal "latent")'

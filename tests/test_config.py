@@ -56,6 +56,7 @@ def test_the_committed_schema_is_that_of_the_code():
         ("rhythm.spec_cutoff_hz=6", "no frequency reaches 6 Hz: 49 frames at 16 fps carry 0.33"),
         ("rhythm.band_hz=[0.1,0.2]", "rhythm.band_hz: no frequency lies in 0.1 to 0.2 Hz"),
         ("rhythm.band_hz=[2,1]", "rhythm.band_hz: 2.0 Hz is not below 1.0 Hz"),
+        ("data.num_frames=5", "rhythm.spec_weight: 5 frames are too few for a rhythm"),
         ("lr=1", "--set: 'lr=1' is not section.key=value"),
         ("train.lr", "--set: 'train.lr' is not section.key=value"),
     ],

@@ -87,6 +87,12 @@ def load_transformer(
     return _load(model, part, device, WanTransformer3DModel, new_transformer, _transformer_keys)
 
 
+def transformer_bytes(model: ModelConfig, expert: str) -> int:
+    """Memory of `load_transformer`'s weights in `model.base`, without loading them."""
+    module = _on_meta(new_transformer, part_config(model, PART_OF[expert]))
+    return sum(p.numel() for p in module.parameters()) * _DTYPE[model.base].itemsize
+
+
 def load_vae(model: ModelConfig, device: torch.device | str) -> AutoencoderKLWan:
     """The frozen VAE in `model.base` on `device`. Raises ConfigError as load_transformer does."""
     return _load(model, "vae", device, AutoencoderKLWan, new_vae, _vae_keys)

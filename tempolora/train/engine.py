@@ -34,24 +34,24 @@ def uses_deepspeed(cfg: Config) -> bool:
     return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
 
 
-def choose_engine(cfg: Config, world_size: int, base_bytes: int, gpu_bytes: int | None) -> str:
+def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
     """The engine that `parallel.engine: auto` stands for here; a set one is returned as it is.
 
-    gpu_bytes: memory of one GPU, None on a CPU. Raises ConfigError for plain on many processes.
+    base_bytes: of the frozen transformer. Raises ConfigError for plain on many processes.
     """
     engine = cfg.parallel.engine
-    if engine == "plain" and world_size > 1:
+    if engine == "plain" and world.size > 1:
         raise ConfigError(
-            f'parallel.engine: "plain" runs on one process, {world_size} were started; '
+            f'parallel.engine: "plain" runs on one process, {world.size} were started; '
             'use "auto", "ddp", "fsdp" or "deepspeed"'
         )
     if engine != "auto":
         return engine
     if uses_deepspeed(cfg):
         engine, why = "deepspeed", "the deepspeed launcher started this run"
-    elif world_size == 1:
+    elif world.size == 1:
         engine, why = "plain", "there is one process"
-    elif gpu_bytes is None or base_bytes <= BASE_SHARE * gpu_bytes:
+    elif base_bytes <= BASE_SHARE * world.gpu_bytes:
         engine, why = "ddp", "the base fits on every device"
     else:
         engine, why = "fsdp", f"a base of {base_bytes / 2**30:.0f} GiB is best sharded"
@@ -59,9 +59,15 @@ def choose_engine(cfg: Config, world_size: int, base_bytes: int, gpu_bytes: int 
     return engine
 
 
-def build_engine(cfg: Config, transformer: nn.Module, world: World) -> "Engine":
-    """Place, checkpoint, compile and spread a transformer whose adapters are in place."""
-    kind = choose_engine(cfg, world.size, _bytes(transformer), _gpu_bytes(world.device))
+def loading_device(kind: str, cfg: Config, world: World) -> torch.device:
+    """Where to read the weights to: what will be sharded has no place on one GPU as a whole."""
+    if kind in ("plain", "ddp") or cfg.model.init == "random":
+        return world.device
+    return torch.device("cpu")
+
+
+def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -> "Engine":
+    """Checkpoint, compile and spread a transformer whose adapters are in place."""
     for block in transformer.blocks:
         if cfg.train.checkpointing == "full":
             # Inside the compiled block, and inside FSDP's hooks: weights gathered for a block's
@@ -73,8 +79,6 @@ def build_engine(cfg: Config, transformer: nn.Module, world: World) -> "Engine":
         return DeepSpeedEngine(cfg, transformer, world)
     if kind == "fsdp":
         _shard(transformer, world)
-    else:
-        transformer.to(world.device)
     return TorchEngine(cfg.train, transformer, world)
 
 
@@ -86,14 +90,6 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
-
-
-def _bytes(transformer: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in transformer.parameters())
-
-
-def _gpu_bytes(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _shard(transformer: nn.Module, world: World) -> None:

@@ -18,7 +18,7 @@ from tempolora.data.loader import batches
 from tempolora.data.shards import ShardReader, load_prompt
 from tempolora.model import lora, wan
 from tempolora.train.checkpoint import Checkpoint
-from tempolora.train.engine import Engine, build_engine
+from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.metrics import MetricsLog
 from tempolora.train.resume import run_facts, save
 from tempolora.train.schedule import ema_decay_at, lr_at
@@ -41,8 +41,9 @@ def train_expert(
         log.info("%s: step %d was reached before", expert, done)
         return resume.folder
     train = cfg.train
-    transformer = load_with_adapters(cfg, expert, world, resume)
-    engine = build_engine(cfg, transformer, world)
+    kind = choose_engine(cfg, world, wan.transformer_bytes(cfg.model, expert))
+    transformer = load_with_adapters(cfg, expert, loading_device(kind, cfg, world), resume)
+    engine = build_engine(kind, cfg, transformer, world)
     ema = _take_up(cfg, engine, world, resume)
     facts = run_facts(cfg, expert, transformer, engine, world)
     objective = Objective(cfg, world.device)
@@ -88,11 +89,9 @@ def train_expert(
 
 
 def load_with_adapters(
-    cfg: Config, expert: str, world: World, resume: Checkpoint | None
+    cfg: Config, expert: str, device: torch.device, resume: Checkpoint | None
 ) -> nn.Module:
     """The expert's transformer, frozen, with fresh or resumed adapters in place."""
-    # Several processes may be going to shard it: then the whole has no place on one GPU.
-    device = world.device if world.size == 1 else torch.device("cpu")
     transformer = wan.load_transformer(cfg.model, expert, device)
     lora.add_lora(transformer, cfg.lora, cfg.timebase, cfg.train.seed)
     if resume:

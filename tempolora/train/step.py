@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,16 +50,16 @@ class Collate:
     empty_text_LD: Tensor
 
     def __call__(self, drawn: list[tuple[int, Sample]]) -> Batch:
-        noise, sigma, texts = [], [], []
+        train, noise, sigma, texts = self.cfg.train, [], [], []
         for draw, sample in drawn:
-            generator = torch.Generator().manual_seed(self._seed(draw))
-            u, drop = torch.rand(2, generator=generator)
-            sigma.append(
-                sample_sigma(u, self.cfg.variant, self.expert, self.cfg.train.sigma_sampling)
-            )
-            noise.append(torch.randn(sample.latents["latents"].shape, generator=generator))
-            dropped = drop < self.cfg.train.caption_dropout
+            # numpy: torch's CPU generator keeps only the low 32 bits of a seed
+            random = np.random.default_rng([train.seed, EXPERT_STREAM[self.expert], draw])
+            u = torch.tensor(random.random())
+            sigma.append(sample_sigma(u, self.cfg.variant, self.expert, train.sigma_sampling))
+            dropped = random.random() < train.caption_dropout
             texts.append(self.empty_text_LD if dropped else sample.text)
+            shape = sample.latents["latents"].shape
+            noise.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
         conditions = [s.latents["condition"] for _, s in drawn if "condition" in s.latents]
         return Batch(
             keys=[sample.key for _, sample in drawn],
@@ -68,9 +69,6 @@ class Collate:
             text_BLD=pad_text(texts),
             condition_BCTHW=torch.stack(conditions).float() if conditions else None,
         )
-
-    def _seed(self, draw: int) -> int:
-        return ((self.cfg.train.seed * 3 + EXPERT_STREAM[self.expert]) << 40) + draw
 
 
 Predict = Callable[..., Tensor]

@@ -1,6 +1,7 @@
 """The processes of one run: who we are, and how we talk, whichever launcher started us."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -23,6 +24,13 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def gpu_bytes(self) -> float:
+        """Memory of this process's GPU; without a GPU there is no such limit."""
+        if self.device.type != "cuda":
+            return math.inf
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes, on every one of them; in place."""
