@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tempolora.config import Config, ConfigError, load_config
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tempolora.cli")  # also as `python -m tempolora.cli`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,9 +32,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
     raised, as ConfigError, before a model is loaded.
     """
     out = Path(cfg.output.dir)
-    reader = ShardReader(
-        Path(cfg.data.shards), fingerprint(cfg, encoder_fingerprints(cfg.model))
-    )
+    reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, encoder_fingerprints(cfg.model)))
     given = _video_inputs(cfg, reader)
     rank, size, _ = place()
     starts = {expert: find_resume(cfg, expert, resume, size) for expert in cfg.experts}

@@ -163,9 +163,7 @@ def test_compiled_blocks_are_really_compiled_and_change_gradients_by_rounding_on
 
     eager = one_step_gradients(toy("train.checkpointing=full"), toy_shards)
     counters.clear()
-    compiled = one_step_gradients(
-        toy("train.checkpointing=full", "train.compile=true"), toy_shards
-    )
+    compiled = one_step_gradients(toy("train.checkpointing=full", "train.compile=true"), toy_shards)
     assert counters["stats"]["unique_graphs"] >= 1  # dynamo passes over in silence what it can't
     for name, gradient in eager.items():
         assert (compiled[name] - gradient).norm() <= 1e-4 * gradient.norm(), name

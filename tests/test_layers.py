@@ -38,7 +38,9 @@ def room(module: str) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down_only(path):
     here = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else path.stem
-    known = {p.name for p in PACKAGE.iterdir() if p.is_dir()} | {p.stem for p in PACKAGE.glob("*.py")}
+    known = {p.name for p in PACKAGE.iterdir() if p.is_dir()} | {
+        p.stem for p in PACKAGE.glob("*.py")
+    }
     used = {room(name) for name in imports(path) if name.split(".")[0] == "tempolora"} & known
     if here in MAY_IMPORT:
         assert used <= MAY_IMPORT[here]
@@ -70,7 +72,9 @@ def test_rhythm_knows_no_model_and_no_file_format():
 
 def test_nothing_unpickles_evaluates_or_trusts_remote_code():
     for path in MODULES:
-        assert not {"pickle", "marshal", "shelve", "dill"} & {n.split(".")[0] for n in imports(path)}
+        assert not {"pickle", "marshal", "shelve", "dill"} & {
+            n.split(".")[0] for n in imports(path)
+        }
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

@@ -55,14 +55,18 @@ def test_the_tv_energy_is_the_mean_square_first_difference():
     assert torch.allclose(energy, difference / (16 * 11 * 2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda tb: spectral_probe(tb, 16, 1.5, (0.5, 1.5)), lambda tb: tv_probe(tb, 16)])
+@pytest.mark.parametrize(
+    "make", [lambda tb: spectral_probe(tb, 16, 1.5, (0.5, 1.5)), lambda tb: tv_probe(tb, 16)]
+)
 def test_on_a_white_residual_every_term_equals_the_flow_loss(make):
     """So that a weight is a share of the flow loss: unit Frobenius norm."""
     timebase = TimeBase(16, 49)
     probe = make(timebase)
     assert probe.square().sum().item() == pytest.approx(1, rel=1e-5)
     e = residual((1, 16, 13, 200, 200))
-    assert probe_energy(e, probe.double()).item() == pytest.approx(e.square().mean().item(), rel=0.02)
+    assert probe_energy(e, probe.double()).item() == pytest.approx(
+        e.square().mean().item(), rel=0.02
+    )
 
 
 def test_the_first_latent_frame_is_left_out():

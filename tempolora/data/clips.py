@@ -158,7 +158,8 @@ class DecodedClip:
 
     `audio` is mono float32 at `audio_rate` Hz, its first sample at `audio_start_s`, or None with
     the reason in `no_audio`. `left_out` says which windows were dropped, and why. `decoder` is
-    decord, or pyav where decord failed; `rotation` (degrees, clockwise) is already applied.
+    decord, or pyav with the reason in `decoder_note`; `rotation` (degrees, clockwise) is already
+    applied.
     """
 
     sha256: str
@@ -166,6 +167,7 @@ class DecodedClip:
     duration_s: float
     rotation: int
     decoder: str
+    decoder_note: str | None
     windows: list[Window]
     left_out: list[str]
     audio: np.ndarray | None
@@ -195,7 +197,7 @@ def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> 
     for reason in found["left_out"]:
         log.warning("%s: %s", path.name, reason)
     if found["decoder_note"]:
-        log.warning("%s: %s", path.name, found["decoder_note"])
+        log.info("%s: %s", path.name, found["decoder_note"])
     has_audio = found["audio_rate"] is not None
     return DecodedClip(
         sha256=found["sha256"],
@@ -203,6 +205,7 @@ def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> 
         duration_s=found["duration_s"],
         rotation=found["rotation"],
         decoder=found["decoder"],
+        decoder_note=found["decoder_note"],
         windows=[
             Window(
                 w["index"], w["start_s"], workdir / w["file"], w["inbetween"], w["nearest_fallback"]

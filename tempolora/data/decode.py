@@ -2,7 +2,8 @@
 
 It runs in a process of its own (`clips.read_clip` starts it) because a bad file can crash or hang
 a decoder. A JSON request on stdin, an answer in `clip.json`, frames in .npy files. PyAV demuxes
-(timestamps, rotation, sound) and checks that the stream is whole; decord reads the frames.
+(timestamps, rotation, sound) and checks that the stream is whole; decord reads the frames, or
+PyAV where decord is not installed or misreads the file.
 """
 
 import hashlib
@@ -17,11 +18,15 @@ from pathlib import Path
 
 import av
 import cv2
-import decord
 import numpy as np
 
 from tempolora.data import resample
 from tempolora.data.clips import ClipRejected, WindowSpec
+
+try:
+    import decord
+except ImportError:  # its wheels cover few platforms; PyAV reads the frames elsewhere
+    decord = None
 
 AUDIO_RATE_HZ = 22_050  # librosa's own rate, which its onset settings are tuned for
 MAX_THREADS = 2
@@ -207,6 +212,8 @@ def check_whole(path: Path, pts_s: np.ndarray) -> None:
 def open_frames(path: Path, stream: Stream) -> tuple[Callable[[int], np.ndarray], str, str | None]:
     """get(i) -> upright source frame i, the decoder's name, and why it is not decord."""
     num = len(stream.pts_s)
+    if decord is None:
+        return pyav_frames(path, stream), "pyav", "decord is not installed; PyAV decodes instead"
     try:
         reader = decord.VideoReader(str(path), num_threads=MAX_THREADS)
         times = reader.get_frame_timestamp(range(len(reader)))[:, 0] if len(reader) else []

@@ -23,6 +23,7 @@ HOLE = 2.0  # a gap between source frames longer than this many target intervals
 NATURAL_HZ = 3.5  # swings up to about this rate keep their full width between source frames
 FLOW_SIDE = 320  # px; flow is computed on pictures shrunk until the shorter side is within this
 PHOTO_LEVELS = 14.0  # neighbours that differ by more along a path (of 255) do not agree
+ALIKE_LEVELS = 4.0  # ... and by less: their mean is as sharp as either
 AGREED_SHARE = 0.8  # of the picture must lie on agreed paths, else the nearest frame is taken
 
 
@@ -134,7 +135,7 @@ class Paths:
     """Where each pixel of an in-between comes from, on the (h, w) grid that flow was computed on.
 
     `to_left`, `to_right`: offsets (h, w, 2) in px of that grid to the same thing in the two
-    neighbours; `from_left` (h, w): how much of the colour the left one gives, 0 or 1 but at seams.
+    neighbours; `from_left` (h, w): how much of the colour the left one gives, in [0, 1].
     """
 
     to_left: np.ndarray
@@ -156,10 +157,13 @@ def _paths(pick: Pick, gray: Callable, flow: Callable, clock_s: np.ndarray) -> t
     past, future = (end and (end[0], 1 - end[1]) for end in (future, past))  # time runs backwards
     b = _carry(gray(right), gray(left), back, forth, past, future, gap, 1 - pick.at)
     use_a = np.where(a.hit & b.hit, a.error <= b.error, a.hit)
-    agreed = (np.where(use_a, a.error, b.error) < PHOTO_LEVELS) & (a.hit | b.hit)
-    # Where both neighbours show the thing the nearer one is sharper than a mean; where one hides
-    # it, only the one that the path started from has the right colour.
-    from_left = np.where(agreed, pick.at <= 0.5, use_a).astype(np.float32)
+    error = np.where(use_a, a.error, b.error)
+    agreed = (error < PHOTO_LEVELS) & (a.hit | b.hit)
+    # Where both neighbours show the thing, the mean of their look-ups by time takes out the flow's
+    # error in position; unless they are too unlike, where the nearer one alone is sharper. Where
+    # one hides it, only the one that the path started from has the right colour.
+    both = np.where(error < ALIKE_LEVELS, 1 - pick.at, pick.at <= 0.5)
+    from_left = np.where(agreed, both, use_a).astype(np.float32)
     return Paths(
         to_left=_calm(np.where(use_a[..., None], a.to_near, b.to_far)),
         to_right=_calm(np.where(use_a[..., None], a.to_far, b.to_near)),
@@ -176,6 +180,9 @@ def _flow(here: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Dense flow (h, w, 2) in px: here[p] is found at there[p + flow[p]]."""
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     search.setFinestScale(0)
+    search.setPatchStride(4)
+    search.setGradientDescentIterations(12)
+    search.setVariationalRefinementIterations(2)
     return search.calc(here, there, None)
 
 
@@ -204,13 +211,15 @@ def _carry(near, far, forth, back, past, future, gap_s: float, at: float) -> _Ca
         knots, places = [*knots, future[1]], [*places, forth + _sample(future[0], landed)]
     curved = sum(w * place for w, place in zip(time_weights(knots, at, gap_s), places, strict=True))
     straight = at * forth
-    bend = np.linalg.norm(curved - straight, axis=-1, keepdims=True)
-    reach = sum(np.linalg.norm(place, axis=-1, keepdims=True) for place in places)
-    moved = np.where(bend <= 0.2 * reach + 0.5, curved, straight)  # a wild bend is a flow error
+    bend = _length(curved - straight)
+    reach = sum(_length(place) for place in places)
+    moved = np.where(
+        (bend <= 0.2 * reach + 0.5)[..., None], curved, straight
+    )  # a wild bend is a flow error
 
     error = np.abs(near.astype(np.float32) - _sample(far.astype(np.float32), landed))
     error = cv2.blur(error, (5, 5))
-    astray = np.linalg.norm(forth + _sample(back, landed), axis=-1)  # there and back again, px
+    astray = _length(forth + _sample(back, landed))  # there and back again, px
     importance = np.exp(-np.minimum(error / 4 + astray, 20))
     values = np.concatenate([-moved, forth - moved, error[..., None]], -1)
     carried, hit = _splat(values, importance, here + moved)
@@ -236,7 +245,7 @@ def time_weights(knots: list[float], at: float, gap_s: float) -> np.ndarray:
 
 
 def _render(paths: Paths, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The in-between (H, W, 3): a Lanczos-4 look-up per pixel, in the frame that `paths` names."""
+    """The in-between (H, W, 3): bicubic look-ups in the frames that `paths` names."""
     height, width = left.shape[:2]
     scale = np.float32([width / paths.from_left.shape[1], height / paths.from_left.shape[0]])
     here = _grid((height, width))
@@ -244,7 +253,7 @@ def _render(paths: Paths, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     def look_up(frame, offset):
         at_px = here + cv2.resize(offset * scale, (width, height))
         mode = cv2.BORDER_REPLICATE
-        return cv2.remap(frame, at_px, None, cv2.INTER_LANCZOS4, borderMode=mode)
+        return cv2.remap(frame, at_px, None, cv2.INTER_CUBIC, borderMode=mode)
 
     share = cv2.resize(paths.from_left, (width, height))[..., None]
     if share.min() == 1:
@@ -261,22 +270,27 @@ def _grid(shape: tuple[int, ...]) -> np.ndarray:
     return np.stack([x, y], -1)
 
 
+def _length(offset: np.ndarray) -> np.ndarray:
+    """Length (h, w) of offsets (h, w, 2); several times faster than numpy's norm."""
+    return np.sqrt(offset[..., 0] ** 2 + offset[..., 1] ** 2)
+
+
 def _splat(
     values: np.ndarray, importance: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean by importance of `values` (h, w, C) splatted at `target`, and where any landed."""
     height, width, channels = values.shape
     corner = np.floor(target).astype(np.int32)
-    part = target - corner
+    part = (target - corner).astype(np.float32)
+    layers = [*(np.moveaxis(values, -1, 0) * importance), importance]
     sums = np.zeros((channels + 1, height * width))
-    weighted = np.concatenate([values * importance[..., None], importance[..., None]], -1)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         x, y = corner[..., 0] + dx, corner[..., 1] + dy
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         share = abs(1 - dx - part[..., 0]) * abs(1 - dy - part[..., 1]) * inside
         index = np.where(inside, y * width + x, 0).ravel()
-        for c in range(channels + 1):
-            sums[c] += np.bincount(index, (share * weighted[..., c]).ravel(), height * width)
+        for total, layer in zip(sums, layers, strict=True):
+            total += np.bincount(index, (share * layer).ravel(), height * width)
     hit = sums[-1] > 1e-12
     mean = sums[:-1] / np.where(hit, sums[-1], 1)
     return mean.T.reshape(values.shape).astype(np.float32), hit.reshape(height, width)

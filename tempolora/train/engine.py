@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -158,7 +157,6 @@ class TorchEngine:
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `optimizer_state` gave."""
         unpack_optimizer(self._optimizer, list(self._parameters.values()), state)
-
 
     def close(self) -> None:
         """Nothing outlives the model."""

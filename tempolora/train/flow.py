@@ -36,7 +36,9 @@ def sample_sigma(u: Tensor, variant: Variant, expert: str, density: str) -> Tens
     Esser et al. 2024, section 3.1), both restricted to the expert's range exactly, by way of the
     distribution function, so that no draw is thrown away.
     """
-    low, high = (float(unshift_sigma(sigma, variant.shift)) for sigma in expert_range(variant, expert))
+    low, high = (
+        float(unshift_sigma(sigma, variant.shift)) for sigma in expert_range(variant, expert)
+    )
     if density == "uniform":
         return shift_sigma(low + (high - low) * u, variant.shift)
     edges = torch.tensor([low, high], dtype=torch.float64)

@@ -1,0 +1,191 @@
+"""Clips become shards once, by any number of processes, and a run that was cut short goes on.
+
+The encoders are TinyWan's own; where a test asks what was encoded again, they are counted.
+"""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL
+
+from tempolora.cli import default_config
+from tempolora.config import ConfigError, load_config
+from tempolora.data.clips import WindowSpec, read_clip
+from tempolora.data.precompute import precompute, sample_key
+from tempolora.data.shards import PROMPTS, ShardReader, load_prompt, read_manifest, verify_shards
+from tempolora.data.toy import Motion, draw_clip
+from tempolora.data.video import write_mp4
+from tempolora.model import wan
+from tempolora.model.encoders import WanEncoders
+from tempolora.variants import NEGATIVE_PROMPT
+
+CPU = torch.device("cpu")
+
+
+class CountingEncoders(WanEncoders):
+    """TinyWan's encoders, which count the windows they encode and can be made to die."""
+
+    def __init__(self, cfg, die_after=None):
+        super().__init__(cfg, CPU)
+        self.windows, self.die_after = 0, die_after
+
+    def encode_frames(self, frames_FHW3):
+        if self.windows == self.die_after:
+            raise KeyboardInterrupt
+        self.windows += 1
+        return super().encode_frames(frames_FHW3)
+
+
+@pytest.fixture
+def data(toy_data, tmp_path):
+    """A copy of the drawn clips that a test may change."""
+    return shutil.copytree(toy_data, tmp_path / "clips")
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    def make(*more):
+        paths = (f"data.source={data}", f"data.shards={tmp_path / 'shards'}")
+        return load_config(default_config(), [*SMALL, "data.samples_per_shard=2", *paths, *more])
+
+    return make
+
+
+def run(cfg, rank=0, world=1, die_after=None):
+    encoders = CountingEncoders(cfg, die_after)
+    return precompute(cfg, encoders, rank, world), encoders.windows
+
+
+def samples(folder):
+    reader = ShardReader(folder, read_manifest(folder)["fingerprint"])
+    return {key: reader.read(position) for position, key in enumerate(reader.keys)}
+
+
+def test_a_sample_holds_what_vae_text_encoder_and_clip_say(toy_data, toy_shards):
+    cfg = load_config(default_config(), [*SMALL])
+    lines = (toy_data / "prompts.txt").read_text().splitlines()
+    found = samples(toy_shards)
+    assert len(found) == len(lines) == 6
+    file, caption = lines[0].split("|")
+    sample = found[sample_key(file, 0)]
+    spec = WindowSpec(16.0, 17, 64, 64, "first", 1, "auto")
+    clip = read_clip(toy_data / file, spec, toy_shards.parent / "again", 60)
+    frames = torch.tensor(clip.windows[0].frames[:])
+    latents = wan.encode_video(wan.load_vae(cfg.model, CPU), frames[None])[0]
+    assert torch.equal(sample.latents["latents"], latents.bfloat16())
+    text = wan.encode_prompts(*wan.load_text(cfg.model, CPU), [caption])[0]
+    assert torch.equal(sample.text, text.bfloat16())
+    assert (sample.meta["caption"], sample.meta["file"]) == (caption, file)
+    assert (sample.meta["source_fps"], sample.meta["fps"], sample.meta["speed"]) == (16, 16, 1)
+    assert sample.meta["sound"]
+    assert sample.rhythm["onset"].max() == 1
+    assert sample.rhythm["motion_energy"].shape == (17,)
+
+
+def test_the_prompts_that_training_needs_are_embedded(toy_shards):
+    assert load_prompt(toy_shards, "").shape[0] >= 1
+    assert load_prompt(toy_shards, NEGATIVE_PROMPT).shape[0] > 10
+    with pytest.raises(ConfigError, match=r"'a cat' was not embedded; run `tempolora precompute`"):
+        load_prompt(toy_shards, "a cat")
+
+
+def test_prompts_added_later_are_embedded_without_touching_the_samples(config, tmp_path):
+    assert run(config()) == (True, 6)
+    assert run(config('output.prompts=["a cat"]')) == (True, 0)
+    assert load_prompt(tmp_path / "shards", "a cat").shape[0] >= 1
+
+
+def test_two_processes_make_what_one_makes_and_the_last_writes_the_manifest(
+    config, toy_shards, tmp_path
+):
+    cfg, folder = config(), tmp_path / "shards"
+    assert run(cfg, rank=1, world=2) == (False, 3)
+    with pytest.raises(ConfigError, match="unfinished"):
+        read_manifest(folder)
+    assert run(cfg, rank=0, world=2) == (True, 3)
+    assert verify_shards(folder) == 6
+    one, two = samples(toy_shards), samples(folder)
+    assert list(one) == list(two)
+    for key in one:
+        assert torch.equal(one[key].latents["latents"], two[key].latents["latents"])
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_was(config, tmp_path):
+    cfg, folder = config(), tmp_path / "shards"
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, die_after=5)
+    assert not (folder / "manifest.json").exists()
+    assert run(cfg) == (True, 2)  # two shards of two were whole
+    assert verify_shards(folder) == 6
+    assert not list(folder.glob(".*")), "scratch files are left behind"
+
+
+def test_a_second_run_does_nothing(config):
+    assert run(config()) == (True, 6)
+    assert run(config()) == (True, 0)
+
+
+def test_a_changed_caption_is_made_again_with_its_shard_and_no_other(config, data, tmp_path):
+    run(config())
+    listing = data / "prompts.txt"
+    lines = listing.read_text().splitlines()
+    lines[5] = lines[5].split("|")[0] + "|a new caption"
+    listing.write_text("\n".join(lines))
+    assert run(config()) == (True, 2)
+    assert "a new caption" in {s.meta["caption"] for s in samples(tmp_path / "shards").values()}
+
+
+def test_a_clip_that_leaves_the_list_leaves_the_shards(config, data, tmp_path):
+    run(config())
+    listing = data / "prompts.txt"
+    listing.write_text("\n".join(listing.read_text().splitlines()[1:]))
+    assert run(config()) == (True, 1)
+    assert len(samples(tmp_path / "shards")) == 5
+
+
+def test_a_copied_data_set_with_new_times_is_not_made_again(config, data):
+    run(config())
+    for path in data.glob("*.mp4"):
+        path.touch()
+    assert run(config()) == (True, 0)
+
+
+def test_rejected_clips_are_listed_with_their_reasons_and_not_tried_again(
+    config, data, tmp_path, caplog
+):
+    motion = Motion("square", 1.0, 0.0, 8.0)
+    slow = draw_clip(motion, fps=8, num_frames=20, height=64, width=64)
+    write_mp4(data / "slow.mp4", slow, 8)
+    (data / "torn.mp4").write_bytes(next(data.glob("ball*")).read_bytes()[:900])
+    with (data / "prompts.txt").open("a") as file:
+        file.write("slow.mp4|too slow\ntorn.mp4|torn\n")
+    with caplog.at_level(logging.INFO):
+        assert run(config()) == (True, 6)
+    rejected = {r["file"]: r["reason"] for r in read_manifest(tmp_path / "shards")["rejected"]}
+    assert set(rejected) == {"slow.mp4", "torn.mp4"}
+    assert "8 fps are slower than the 16 fps" in rejected["slow.mp4"]
+    assert "6 samples from 8 clips, 2 clips rejected" in caplog.text
+    assert run(config()) == (True, 0)
+
+
+def test_image_to_video_stores_its_condition(config, tmp_path):
+    cfg = config("model.variant=i2v_a14b")
+    assert run(cfg) == (True, 6)
+    sample = next(iter(samples(tmp_path / "shards").values()))
+    assert sample.latents["condition"].shape == cfg.latent_shape
+
+
+def test_a_folder_of_another_config_is_refused_before_anything_is_encoded(config):
+    run(config())
+    with pytest.raises(ConfigError, match=r"data\.width: the shards in .* made with 64"):
+        run(config("data.width=48"))
+
+
+def test_the_manifest_and_the_prompts_are_plain_json_and_safetensors(toy_shards):
+    assert json.loads((toy_shards / "manifest.json").read_text())["samples"] == 6
+    kinds = {"".join(path.suffixes[-2:]) for path in toy_shards.iterdir()}
+    assert kinds == {".tar", ".tar.json", ".json", ".safetensors"}
+    assert (toy_shards / PROMPTS).is_file()
