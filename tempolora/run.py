@@ -34,7 +34,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
     out = Path(cfg.output.dir)
     reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, encoder_fingerprints(cfg.model)))
     given = _video_inputs(cfg, reader)
-    rank, size, _ = place()
+    _, size, _ = place()
     starts = {expert: find_resume(cfg, expert, resume, size) for expert in cfg.experts}
     world = join_world(uses_deepspeed(cfg))
     if world.is_main:

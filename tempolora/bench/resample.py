@@ -1,12 +1,12 @@
 """Does resampling keep motion smooth and edges sharp? Drawn clips at known rates give the answer.
 
 The same motion is drawn and encoded at a source rate and at 16 fps; the source is resampled to 16
-fps in each mode and compared with the clip that was 16 fps all along. The table goes into
-docs/resampling.md, below its marker line.
+fps in each mode and compared with the clip that was 16 fps all along. The tables are printed and
+go into docs/resampling.md, below its marker line.
 """
 
 import argparse
-import logging
+import sys
 import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,8 +20,6 @@ from tempolora.data import resample
 from tempolora.data.toy import Motion, draw_clip
 from tempolora.data.video import write_mp4
 
-log = logging.getLogger(__name__)
-
 FPS = 16
 NUM_FRAMES = 49
 HIGH_HZ = 6.0
@@ -31,16 +29,25 @@ MODES = ("auto", "nearest", "blend")
 # At exactly 4 Hz a 16 fps clip has four different pictures, and how much of it lies above 6 Hz
 # hangs on where in the swing they fall; two phases an eighth of a turn apart even that out.
 PHASES = (0.0, np.pi / 4)
+MOVERS = {
+    "plain square": {"kind": "square", "textured": False},
+    "textured square on texture": {"kind": "square"},
+    "pan, waves of 6 to 96 px": {"kind": "pan"},
+    "pan, waves of 6 to 24 px": {"kind": "pan", "longest_wave_px": 24.0},
+}
+SQUARES, PANS = list(MOVERS)[:2], list(MOVERS)[2:]
 MARKER = "<!-- written by python -m tempolora.bench resample -->"
 LUMA = np.float32([0.2126, 0.7152, 0.0722])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table; all but psnr_db are ratios to the clip drawn at 16 fps directly.
+    """One mode of one row. `power` (luminance, above 6 Hz) and `sharpness` (edges) are ratios to
+    the clip drawn at 16 fps directly; `fallbacks` counts frames taken for want of an in-between.
 
-    power: luminance power above 6 Hz; position_share: part of the tracked position's power above
-    6 Hz, and position_share_direct that of the direct clip (plain squares only); sharpness: edges.
+    The part of the tracked position's power above 6 Hz (NaN but for the plain square): in this
+    clip, `position_direct` in the direct one, and `position_coded` in the true track when it
+    carries nothing but the coding error of the nearest source frames.
     """
 
     mover: str
@@ -49,107 +56,142 @@ class Cell:
     mode: str
     power: float
     sharpness: float
-    position_share: float
-    position_share_direct: float
+    position: float
+    position_direct: float
+    position_coded: float
     psnr_db: float
-    nearest_fallback: int
+    fallbacks: int
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tempolora.bench resample", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/resampling.md"))
-    parser.add_argument("--height", type=int, default=96)
-    parser.add_argument("--width", type=int, default=128)
     chosen = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     cv2.setNumThreads(1)
-    cells = []
-    for textured in (False, True):
-        for rate in RATES:
-            for hz in FREQUENCIES_HZ:
-                cells += measure(rate, hz, textured, chosen.height, chosen.width)
-                log.info("%s", cells[-len(MODES)])
-    write_table(cells, chosen.out)
+    squares, pans = (
+        [measure(mover, rate, hz) for mover in movers for rate in RATES for hz in frequencies]
+        for movers, frequencies in ((SQUARES, FREQUENCIES_HZ), (PANS, FREQUENCIES_HZ[-1:]))
+    )
+    tables = "\n".join([*square_table(squares), "", *pan_table(pans)])
+    sys.stdout.write(tables + "\n")
+    above = chosen.out.read_text(encoding="utf-8").partition(MARKER)[0]
+    chosen.out.write_text(f"{above}{MARKER}\n\n{tables}\n", encoding="utf-8")
 
 
-def write_table(cells: list[Cell], page: Path) -> None:
-    """Replace what follows the marker line of `page` by one row per mover, rate and frequency."""
-    rows = [
-        "| mover | fps | Hz | power auto | nearest | blend | edges auto | nearest | blend "
-        "| position auto | nearest | blend | direct |",
+def square_table(rows: list[list[Cell]]) -> list[str]:
+    """Lines of the table of the bar: one row per mover, rate and frequency."""
+    head = "power auto | nearest | blend | edges auto | nearest | blend"
+    lines = [
+        f"| mover | fps | Hz | {head} | position auto | nearest | blend | coded | direct |",
+        "|" + " --- |" * 14,
+    ]
+    for row in rows:
+        floors = row[0].position_coded, row[0].position_direct
+        shares = [*(cell.position for cell in row), *floors]
+        values = _label(row) + [f"{cell.power:.2f}" for cell in row]
+        values += [f"{cell.sharpness:.2f}" for cell in row]
+        values += ["" if np.isnan(share) else f"{share:.1e}" for share in shares]
+        lines.append("| " + " | ".join(values) + " |")
+    return lines
+
+
+def pan_table(rows: list[list[Cell]]) -> list[str]:
+    """Lines of the table of what fails: pans over coarse and fine texture."""
+    head = "power auto | nearest | blend | edges auto | nearest | blend"
+    lines = [
+        f"| mover | fps | Hz | {head} | dB auto | nearest | blend | fallbacks |",
         "|" + " --- |" * 13,
     ]
-    for k in range(0, len(cells), len(MODES)):
-        row = cells[k : k + len(MODES)]
-        first = row[0]
-        values = [first.mover, f"{first.source_fps:.3f}", f"{first.hz:g}"]
-        values += [f"{cell.power:.2f}" for cell in row]
+    for row in rows:
+        values = _label(row) + [f"{cell.power:.2f}" for cell in row]
         values += [f"{cell.sharpness:.2f}" for cell in row]
-        shares = [*(cell.position_share for cell in row), first.position_share_direct]
-        values += ["" if np.isnan(share) else f"{share:.1e}" for share in shares]
-        rows.append("| " + " | ".join(values) + " |")
-    above = page.read_text(encoding="utf-8").partition(MARKER)[0]
-    page.write_text(above + MARKER + "\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        values += [f"{cell.psnr_db:.1f}" for cell in row] + [str(row[0].fallbacks)]
+        lines.append("| " + " | ".join(values) + " |")
+    return lines
+
+
+def _label(row: list[Cell]) -> list[str]:
+    return [row[0].mover, f"{row[0].source_fps:.3f}", f"{row[0].hz:g}"]
 
 
 def measure(
+    mover: str,
     rate: Fraction,
     hz: float,
-    textured: bool,
-    height: int,
-    width: int,
+    height: int = 96,
+    width: int = 128,
     modes: tuple[str, ...] = MODES,
 ) -> list[Cell]:
-    """Resample a square swinging at `hz`, encoded at `rate`, to 16 fps in each of `modes`."""
+    """Resample `mover`, swinging at `hz` and encoded at `rate`, to 16 fps in each of `modes`."""
     sums: dict[str, list] = {mode: [] for mode in modes}
     size = {"height": height, "width": width}
+    plain = not MOVERS[mover].get("textured", True)
     for phase in PHASES:
         swing = 0.125 * min(height, width)
-        motion = Motion("square", hz, phase, swing, textured=textured, seed=3)
+        motion = Motion(hz=hz, phase=phase, amplitude_px=swing, seed=3, **MOVERS[mover])
         truth = draw_clip(motion, fps=FPS, num_frames=NUM_FRAMES, **size)
         direct = through_mp4(truth, Fraction(FPS))
         num = int(np.ceil((NUM_FRAMES - 1) / FPS * rate)) + 2
-        source = through_mp4(draw_clip(motion, fps=float(rate), num_frames=num, **size), rate)
+        drawn = draw_clip(motion, fps=float(rate), num_frames=num, **size)
+        source = through_mp4(drawn, rate)
         clock_s = resample.clock(np.arange(num) / float(rate), FPS)
         picks = resample.plan_picks(clock_s, FPS)[:NUM_FRAMES]
+        nearest = [pick.left if pick.at <= 0.5 else pick.right for pick in picks]
+        floors = (0.0,) * 4
+        if plain:
+            coding_error = track(source, motion) - track(drawn, motion)
+            coded = track(truth, motion) + coding_error[nearest]
+            floors = *track_power(coded), *track_power(track(direct, motion))
         for mode in modes:
             make = resample.frame_maker(source.__getitem__, clock_s, mode)
             made = [make(pick) for pick in picks]
             frames = np.stack([m.frame for m in made])
-            fallback = sum(m.origin == "nearest" for m in made) if mode == "auto" else 0
-            sums[mode].append((_compare(frames, direct, truth, motion), fallback))
-    mover = "textured square on texture" if textured else "plain square"
+            fallbacks = sum(m.origin == "nearest" for m in made) if mode == "auto" else 0
+            own = track_power(track(frames, motion)) if plain else (0.0, 0.0)
+            sums[mode].append((*_compare(frames, direct, truth), fallbacks, *own, *floors))
     cells = []
     for mode, runs in sums.items():
-        parts = np.array([part for part, _ in runs]).sum(0)
-        power, power_0, sharp, sharp_0, high, total, high_0, total_0, error = parts
-        position = (high / total, high_0 / total_0) if not textured else (np.nan, np.nan)
-        psnr = 10 * np.log10(255**2 * len(runs) / error)
-        ratios = float(power / power_0), float(sharp / sharp_0), *map(float, position)
-        fallbacks = sum(fallback for _, fallback in runs)
-        cells.append(Cell(mover, float(rate), hz, mode, *ratios, float(psnr), fallbacks))
+        power, power_0, sharp, sharp_0, error, fallbacks, *bands = np.array(runs).sum(0)
+        shares = [h / t if plain else np.nan for h, t in zip(bands[::2], bands[1::2])]
+        cells.append(
+            Cell(
+                mover=mover,
+                source_fps=float(rate),
+                hz=hz,
+                mode=mode,
+                power=float(power / power_0),
+                sharpness=float(sharp / sharp_0),
+                position=float(shares[0]),
+                position_coded=float(shares[1]),
+                position_direct=float(shares[2]),
+                psnr_db=float(10 * np.log10(255**2 * len(runs) / error)),
+                fallbacks=int(fallbacks),
+            )
+        )
     return cells
 
 
-def _compare(frames, direct, truth, motion) -> tuple[float, ...]:
+def _compare(frames: np.ndarray, direct: np.ndarray, truth: np.ndarray) -> tuple[float, ...]:
+    """Power above 6 Hz and edges of `frames` and of `direct`; squared error against `truth`."""
     seen, wanted = frames @ LUMA, direct @ LUMA
     moving = np.ptp(truth @ LUMA, axis=0) > 8  # pixels that the mover ever touches
-    ground = np.float32(motion.ground) @ LUMA
-    tracks = [
-        centroid_x(luma, ground, float(np.float32(motion.tint) @ LUMA)) for luma in (seen, wanted)
-    ]
-    high, total = zip(*(band_power(track[:, None]) for track in tracks), strict=True)
     return (
         band_power(seen[:, moving])[0],
         band_power(wanted[:, moving])[0],
         edge_sharpness(seen),
         edge_sharpness(wanted),
-        high[0],
-        total[0],
-        high[1],
-        total[1],
         float(np.mean((seen - truth @ LUMA) ** 2)),
     )
+
+
+def track(frames: np.ndarray, motion: Motion) -> np.ndarray:
+    """Horizontal centre (F,) in px of a plain mover."""
+    ground, tint = (float(np.float32(rgb) @ LUMA) for rgb in (motion.ground, motion.tint))
+    return centroid_x(frames @ LUMA, ground, tint)
+
+
+def track_power(track_px: np.ndarray) -> tuple[float, float]:
+    return band_power(track_px[:, None])
 
 
 def through_mp4(frames: np.ndarray, rate: Fraction) -> np.ndarray:

@@ -42,7 +42,8 @@ class Motion:
 
     `hz` is the rate at which the picture repeats, `phase` is in radians and a beat falls wherever
     hz * t + phase / 2 pi is whole: the mover at its extreme, the ball on the floor, the bar level.
-    `textured` gives mover and background a pattern; `seed` chooses it. `tint` and `ground` are RGB.
+    `textured` gives mover and background a pattern with waves of 6 to `longest_wave_px`; `seed`
+    chooses it. `tint` and `ground` are RGB.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Motion:
     tint: tuple[int, int, int] = COLOURS["red"]
     ground: tuple[int, int, int] = (70, 74, 84)
     textured: bool = True
+    longest_wave_px: float = 96.0
     seed: int = 0
 
 
@@ -183,14 +185,15 @@ def _parabola(turn: float) -> float:
 def _paint(colour, motion: Motion, u: np.ndarray, v: np.ndarray, layer: int) -> np.ndarray:
     """(H, W, 3): the flat colour, or a pattern of 12 waves, exact at any position.
 
-    Their pitch goes from 6 to 96 px at equal strength per octave, as in natural pictures.
+    Their pitch goes from 6 to (by default) 96 px at equal strength per octave, as in natural
+    pictures.
     """
     flat = np.asarray(colour, np.float32)
     if not motion.textured:
         return np.broadcast_to(flat, (*u.shape, 3))
     rng = np.random.default_rng([motion.seed, layer])
     pattern = np.zeros_like(u)
-    for pitch in np.geomspace(6, 96, 12):
+    for pitch in np.geomspace(6, motion.longest_wave_px, 12):
         angle = rng.uniform(0, np.pi)
         start = rng.uniform(0, 2 * np.pi) if layer == 1 else 0.0  # half a turn leaves movers alike
         k = np.float32(2 * np.pi / pitch)
