@@ -6,14 +6,18 @@ Exit code 0: done. 2, with one line on stderr: the user's mistake. 1: anything e
 
 import argparse
 import logging
-import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tempolora.config import Config, ConfigError, load_config
+from tempolora.launched import place
 
 log = logging.getLogger("tempolora.cli")  # also as `python -m tempolora.cli`
+
+TOY_WAIT_S = 600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except ConfigError as error:
         print(f"tempolora: {error}", file=sys.stderr)
+        return 2
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"tempolora: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"tempolora: stopped: {error}", file=sys.stderr)
@@ -74,15 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("sample.mp4"), help="mp4 to write")
     export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
-    export.add_argument("--out", type=Path, help="file to write; in output.dir by default")
+    export.add_argument("--out", type=Path, help="folder for the file; by default as trained")
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
     return parser
 
 
 def _set_up_logging() -> None:
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    prefix = f"[{rank}/{size}] " if size != "1" else ""
+    rank, size, _ = place()
+    prefix = f"[{rank}/{size}] " if size > 1 else ""
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
     logging.getLogger("tempolora").setLevel(logging.INFO)
 
@@ -123,7 +130,9 @@ def _check_source(cfg: Config) -> None:
     from tempolora.data.toy import draw_toy_set
 
     source = Path(cfg.data.source)
-    if cfg.data.draw_toy and not source.exists() and _rank() == 0:
+    if cfg.data.draw_toy and place()[0] > 0:
+        _wait_for(source)
+    elif cfg.data.draw_toy and not source.exists():
         log.info("no data found: drawing the toy set into %s", source)
         size = {"height": cfg.data.height, "width": cfg.data.width}
         frames = cfg.data.num_frames
@@ -133,17 +142,22 @@ def _check_source(cfg: Config) -> None:
     list_clips(source)
 
 
-def _rank() -> int:
-    from tempolora.train.world import place
-
-    return place()[0]
+def _wait_for(folder: Path) -> None:
+    """Until process 0 has drawn the toy set, which appears as a whole."""
+    for _ in range(TOY_WAIT_S):
+        if folder.exists():
+            return
+        time.sleep(1)
+    raise ConfigError(f"data.source: {folder} was not drawn by process 0 in {TOY_WAIT_S} s")
 
 
 def _run_precompute(cfg: Config) -> None:
     from tempolora.data.precompute import precompute
     from tempolora.model.encoders import WanEncoders
-    from tempolora.train.world import pick_device, place
+    from tempolora.train.world import pick_device
 
+    # Unwind, so that scratch files and decoders go with us.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     rank, size, local_rank = place()
     precompute(cfg, WanEncoders(cfg, pick_device(local_rank)), rank, size)
 
@@ -154,21 +168,24 @@ def _train(options: argparse.Namespace) -> None:
 
 def _prepare_and_train(cfg: Config, resume: str) -> None:
     from tempolora.data.shards import MANIFEST
-    from tempolora.train.world import place
 
     if place()[1] == 1 and not (Path(cfg.data.shards) / MANIFEST).is_file():
         _check_source(cfg)
         _run_precompute(cfg)
     from tempolora.run import train_and_report
+    from tempolora.train.stop import Stopped
 
-    train_and_report(cfg, resume)
+    try:
+        train_and_report(cfg, resume)
+    except Stopped as stopped:
+        log.info("%s", stopped)
 
 
 def _sample(options: argparse.Namespace) -> None:
     cfg = _load(options)
-    steps = options.steps or cfg.output.sample_steps
+    steps = cfg.output.sample_steps if options.steps is None else options.steps
     if steps < 1:
-        raise ConfigError("--steps: must be at least 1 (output.sample_steps is 0 here)")
+        raise ConfigError("--steps: must be at least 1 (output.sample_steps is the default)")
     for path in options.lora:
         if not path.exists():
             raise ConfigError(f"--lora: there is no {path}")
@@ -190,12 +207,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    cfg = _load(options)
     from tempolora.run import export_checkpoint
     from tempolora.train.checkpoint import open_checkpoint
 
-    path = export_checkpoint(open_checkpoint(options.checkpoint), Path(cfg.output.dir), options.out)
-    log.info("wrote %s", path)
+    log.info("wrote %s", export_checkpoint(open_checkpoint(options.checkpoint), options.out))
 
 
 def _report(options: argparse.Namespace) -> None:

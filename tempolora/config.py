@@ -75,8 +75,8 @@ class DataConfig(_Section):
     """Frames per second that clips are brought to; by default the model's native rate."""
     windows: Literal["first", "all", "spaced"] = "first"
     """Which windows of num_frames to cut from each clip."""
-    max_windows: Positive = 4
-    """Windows per clip with windows: "spaced"."""
+    max_windows: Positive | None = None
+    """Windows per clip with windows: "spaced", by default 4."""
     resample: Literal["auto", "nearest", "blend"] = "auto"
     """auto: motion-compensated in-betweens where no source frame falls on the output time."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -157,8 +157,8 @@ class ParallelConfig(_Section):
     engine: Literal["auto", "plain", "ddp", "fsdp", "deepspeed"] = "auto"
     """auto: deepspeed if its launcher started us, else plain on one process, else ddp where the
     base fits beside its activations, else fsdp."""
-    zero_stage: Literal[2, 3] = 3
-    """ZeRO stage of the deepspeed engine."""
+    zero_stage: Literal[2, 3] | None = None
+    """ZeRO stage of the deepspeed engine, by default 3."""
     deepspeed: dict[str, Any] = {}
     """Keys laid over the DeepSpeed configuration derived from this file."""
 
@@ -167,7 +167,7 @@ class OutputConfig(_Section):
     dir: str = "wan22_lora_out"
     """Folder for LoRA files, videos, metrics, checkpoints and the report."""
     prompts: tuple[str, ...] = ()
-    """Prompt of the before/after videos (the first); by default the first caption."""
+    """Prompts of the before/after videos; by default the first sample's caption."""
     sample_steps: Count = 40
     """Sampler steps of the before/after videos; 0: none are made."""
     sample_seed: Count = 0
@@ -216,7 +216,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        for check in (_check_model, _check_sizes, _check_lora, _check_rhythm):
+        for check in CHECKS:
             check(self)
         return self
 
@@ -251,6 +251,42 @@ def _check_sizes(cfg: Config) -> None:
             )
 
 
+def _check_data(cfg: Config) -> None:
+    if cfg.data.max_windows is not None and cfg.data.windows != "spaced":
+        raise ConfigError(
+            f"data.max_windows: has no meaning with data.windows {cfg.data.windows!r}; leave it out"
+        )
+
+
+def _check_parallel(cfg: Config) -> None:
+    parallel = cfg.parallel
+    if parallel.engine not in ("auto", "deepspeed"):
+        for key in ("zero_stage", "deepspeed"):
+            if getattr(parallel, key):
+                raise ConfigError(
+                    f"parallel.{key}: has no meaning with parallel.engine {parallel.engine!r}; "
+                    "leave it out"
+                )
+    for key, ours in GOVERNED.items():
+        if key in parallel.deepspeed:
+            raise ConfigError(f"parallel.deepspeed: {key} is derived here; set {ours} instead")
+    if "stage" in parallel.deepspeed.get("zero_optimization", {}):
+        raise ConfigError("parallel.deepspeed: the stage is set by parallel.zero_stage")
+
+
+GOVERNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "bf16": "model.base",
+    "fp16": "model.base",
+}
+"""DeepSpeed's own names for what other keys of this file decide."""
+
+
 def _check_lora(cfg: Config) -> None:
     rows = cfg.lora.time_rows
     if rows != "auto":
@@ -272,11 +308,12 @@ def _check_rhythm(cfg: Config) -> None:
     if low >= high:
         raise ConfigError(f"rhythm.band_hz: {low} Hz is not below {high} Hz")
     bins = timebase.latent_bins_hz[1:]
-    for key in ("spec_weight", "tv_weight"):
-        if getattr(rhythm, key) and not bins:
+    # Frame 0 is left out, and two samples have no spectrum once their trend is taken away.
+    for key, least in (("spec_weight", 13), ("tv_weight", 9)):
+        if getattr(rhythm, key) and cfg.data.num_frames < least:
             raise ConfigError(
                 f"rhythm.{key}: {cfg.data.num_frames} frames are too few for a rhythm in the "
-                f"latents; set it to 0, or data.num_frames to 9 or more"
+                f"latents; set it to 0, or data.num_frames to {least} or more"
             )
     if rhythm.spec_weight == 0:
         return
@@ -291,6 +328,16 @@ def _check_rhythm(cfg: Config) -> None:
         )
     if not any(low <= hz <= high for hz in bins):
         raise ConfigError(f"rhythm.band_hz: no frequency lies in {low:g} to {high:g} Hz: {carried}")
+
+
+CHECKS = (
+    _check_model,
+    _check_sizes,
+    _check_data,
+    _check_parallel,
+    _check_lora,
+    _check_rhythm,
+)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -362,6 +409,8 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}{tail}"
+    if problem["type"] == "json_invalid":
+        return f"not JSON that can be read: {problem['msg']}"
     given = json.dumps(problem["input"], ensure_ascii=False)
     allowed = problem["msg"].removeprefix("Input should be ")
     return f"{key or 'the file'}: given {given}; allowed: {allowed}{tail}"

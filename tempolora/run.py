@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,15 +12,19 @@ from tempolora import __version__
 from tempolora.config import Config
 from tempolora.data.shards import ShardReader, fingerprint, load_prompt
 from tempolora.files import write_json
-from tempolora.model.encoders import encoder_fingerprints
+from tempolora.launched import place
+from tempolora.model import wan
+from tempolora.model.location import PART_OF, part_config
+from tempolora.model.lora import check_lora
 from tempolora.results.export import export_lora, lora_file_name
 from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
-from tempolora.train.checkpoint import Checkpoint, open_checkpoint
-from tempolora.train.engine import uses_deepspeed
+from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
+from tempolora.train.engine import check_engine, uses_deepspeed
 from tempolora.train.loop import train_expert
-from tempolora.train.resume import find_resume
-from tempolora.train.world import join_world, leave_world, place
+from tempolora.train.resume import checkpoint_root, find_resume
+from tempolora.train.stop import Stopped
+from tempolora.train.world import join_world, leave_world
 from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
@@ -29,39 +34,56 @@ def train_and_report(cfg: Config, resume: str) -> None:
     """Train all experts of the configuration and leave the results in output.dir.
 
     resume: "auto", "none" or a checkpoint folder. All mistakes that settings and files show are
-    raised, as ConfigError, before a model is loaded.
+    raised, as ConfigError, before a model is loaded. Raises Stopped where a signal asked for it;
+    the checkpoint is then written, LoRA files, videos and report are not.
     """
     out = Path(cfg.output.dir)
-    reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, encoder_fingerprints(cfg.model)))
-    given = _video_inputs(cfg, reader)
-    _, size, _ = place()
-    starts = {expert: find_resume(cfg, expert, resume, size) for expert in cfg.experts}
+    _, processes, _ = place()
+    check_engine(cfg, processes)
+    for expert in cfg.experts:
+        check_lora(cfg.lora, cfg.timebase, part_config(cfg.model, PART_OF[expert]))
+    # The VAE tells models apart; training has no other need of the text encoder's files.
+    vae = {"vae": wan.fingerprint(cfg.model, "vae")}
+    reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, vae))
+    videos = list(_video_inputs(cfg, reader))
+    starts = find_resume(cfg, resume, processes)
     world = join_world(uses_deepspeed(cfg))
     if world.is_main:
-        if resume == "none":
-            _set_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", cfg.model_dump(mode="json"))
+        _prepare_folder(cfg, out, resume, starts)
     world.barrier()
-    for expert in cfg.experts:
-        last = train_expert(cfg, expert, reader, world, starts[expert])
-        if world.is_main:
-            log.info("wrote %s", export_checkpoint(open_checkpoint(last), out))
+    try:
+        for expert in cfg.experts:
+            last = train_expert(cfg, expert, reader, world, starts.get(expert))
+            if world.is_main:
+                log.info("wrote %s", export_checkpoint(open_checkpoint(last), out))
+    except Stopped:
+        leave_world()
+        raise
     leave_world()
     if world.is_main:
         if cfg.output.sample_steps:
-            _write_videos(cfg, given, world.device)
+            _write_videos(cfg, videos, world.device)
         log.info("wrote %s", write_report(out))
 
 
-def export_checkpoint(found: Checkpoint, folder: Path, path: Path | None = None) -> Path:
+def _prepare_folder(cfg: Config, out: Path, resume: str, starts: dict[str, Checkpoint]) -> None:
+    """Make output.dir ready: no older results in the way, this run's settings in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if resume == "none":
+        _set_aside(out)
+    for expert, start in starts.items():
+        set_newer_aside(checkpoint_root(cfg, expert), start.state["step"])
+    write_json(out / "config.json", cfg.model_dump(mode="json"))
+
+
+def export_checkpoint(found: Checkpoint, folder: Path | None = None) -> Path:
     """Write a checkpoint's LoRA, its moving average where one was kept; the file written.
 
-    folder: takes the file under its contracted name unless `path` names another.
+    folder: takes the file under its contracted name; by default the output.dir it was trained in.
     """
     state = found.state
-    cfg = Config.model_validate(state["config"], strict=False)
-    path = path or folder / lora_file_name(state["expert"])
+    cfg = Config.model_validate_json(json.dumps(state["config"]))
+    path = (folder or Path(cfg.output.dir)) / lora_file_name(state["expert"])
     export_lora(
         found.ema() or found.lora(),
         path,
@@ -84,41 +106,55 @@ def export_checkpoint(found: Checkpoint, folder: Path, path: Path | None = None)
     return path
 
 
+RESULTS = (
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "report.html",
+    "sample_*_lora*.mp4",
+    "tensorboard",
+    "wan22_temporal_lora*.safetensors",
+)
+"""What a run leaves in output.dir; anything else there is not ours to move."""
+
+
 def _set_aside(out: Path) -> None:
     """Move an earlier run's results into previous-N, so that starting over loses nothing."""
-    results = [path for path in out.glob("*") if not path.name.startswith("previous-")]
-    if results:
-        aside = out / f"previous-{len(list(out.glob('previous-*'))) + 1}"
-        aside.mkdir()
-        for path in results:
-            path.rename(aside / path.name)
-        log.info("the earlier results are in %s", aside)
+    results = sorted({path for pattern in RESULTS for path in out.glob(pattern)})
+    if not results:
+        return
+    numbers = [int(p.name[9:]) for p in out.glob("previous-*") if p.name[9:].isdecimal()]
+    aside = out / f"previous-{max(numbers, default=0) + 1}"
+    aside.mkdir()
+    for path in results:
+        path.rename(aside / path.name)
+    log.info("the earlier results are in %s", aside)
 
 
-def _video_inputs(cfg: Config, reader: ShardReader) -> dict[str, Tensor]:
-    """What `sample_video` needs beside the models, all of it embedded at precompute."""
+def _video_inputs(cfg: Config, reader: ShardReader) -> Iterator[dict[str, Tensor]]:
+    """What `sample_video` needs for each prompt beside the models, embedded at precompute."""
     first = reader.read(0)
     shards = Path(cfg.data.shards)
-    text_LD = load_prompt(shards, cfg.output.prompts[0]) if cfg.output.prompts else first.text
-    given = {"text_LD": text_LD, "negative_LD": load_prompt(shards, NEGATIVE_PROMPT)}
+    given = {"negative_LD": load_prompt(shards, NEGATIVE_PROMPT)}
     if cfg.task == "i2v" and cfg.variant.per_token_time:
         given["first_latent"] = first.latents["latents"][:, :1].float()
     elif cfg.task == "i2v":
         given["condition"] = first.latents["condition"].float()
-    return given
+    for text_LD in [load_prompt(shards, p) for p in cfg.output.prompts] or [first.text]:
+        yield {"text_LD": text_LD, **given}
 
 
-def _write_videos(cfg: Config, given: dict[str, Tensor], device: torch.device) -> None:
-    """The same seed without and with the LoRA files."""
+def _write_videos(cfg: Config, videos: list[dict[str, Tensor]], device: torch.device) -> None:
+    """Each prompt with the same seed without and with the LoRA files."""
     out = Path(cfg.output.dir)
-    pairs = {"before": {}, "after": loras_in(out, cfg.variant.experts)}
-    for name, loras in pairs.items():
-        sample_video(
-            cfg,
-            out / f"sample_{name}_lora.mp4",
-            **given,
-            loras=loras,
-            seed=cfg.output.sample_seed,
-            steps=cfg.output.sample_steps,
-            device=device,
-        )
+    for name, loras in {"before": {}, "after": loras_in(out, cfg.variant.experts)}.items():
+        for number, given in enumerate(videos, start=1):
+            sample_video(
+                cfg,
+                out / f"sample_{name}_lora{f'_{number}' if number > 1 else ''}.mp4",
+                **given,
+                loras=loras,
+                seed=cfg.output.sample_seed,
+                steps=cfg.output.sample_steps,
+                device=device,
+            )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ LAUNCHERS = {
 
 def settings(shards: Path, out: Path, *more: str) -> list[str]:
     paths = (f"data.shards={shards}", f"output.dir={out}", "model.expert=high")
-    return overrides(*SMALL, *paths, *more)
+    # gradients here have norms near 5e-4: this clips every one of them
+    return overrides(*SMALL, *paths, "train.max_grad_norm=1e-4", *more)
 
 
 def launch(engine: str, shards: Path, out: Path, *more: str) -> None:
@@ -112,6 +114,33 @@ def test_a_plain_run_resumes_bit_for_bit_with_accumulation_and_a_moving_average(
         a, b = load_file(whole / file), load_file(stopped / file)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint_that_loses_nothing(
+    number, reference, toy_shards, tmp_path
+):
+    out = tmp_path / "out"
+    sets = settings(toy_shards, out, "train.gradient_accumulation=2", "train.max_steps=4")
+    script = [str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "toy.json")]
+    run = subprocess.Popen(
+        [sys.executable, *script, *sets, *overrides("train.checkpoint_every=100")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "metrics.jsonl").exists() or not losses(out):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(getattr(signal, number))
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr
+    assert f"{number}: stopping after this step" in stderr
+    stopped_at = len(losses(out))
+    assert stopped_at < 4
+    assert (out / "checkpoints" / "high" / f"step-00000{stopped_at}" / "manifest.json").is_file()
+    assert main(["train", *sets]) == 0
+    assert losses(out) == losses(reference)
 
 
 def test_the_moving_average_is_what_gets_exported(toy_shards, tmp_path):

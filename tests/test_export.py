@@ -18,7 +18,8 @@ from tempolora.model.lora import (
     lora_parameters,
     set_lora_scale,
 )
-from tempolora.results.export import apply_lora_file, export_lora, lora_file_name, read_metadata
+from tempolora.results.export import apply_lora_file, check_lora_file, export_lora, read_metadata
+from tempolora.results.names import lora_file_name
 from tempolora.timebase import TimeBase
 
 HEADS, HEAD_DIM, BLOCKS = 2, 128, 2
@@ -248,6 +249,7 @@ def test_a_layer_that_no_tool_would_load_is_not_written(tmp_path):
 def test_our_file_gives_the_trained_model_again(exported, bases):
     model, path = exported
     fresh = copy.deepcopy(bases["high"])
+    check_lora_file(copy.deepcopy(fresh).to("meta"), path)
     apply_lora_file(fresh, path)
     assert_output(fresh, run(model), bases["high"])
 
@@ -324,6 +326,8 @@ def refused(transformer, path, message):
     with pytest.raises(ConfigError, match=message) as caught:
         apply_lora_file(transformer, path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=message):
+        check_lora_file(copy.deepcopy(transformer).to("meta"), path)
     after = dict(transformer.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after)
 

@@ -171,6 +171,34 @@ def test_rejected_clips_are_listed_with_their_reasons_and_not_tried_again(
     assert run(config()) == (True, 0)
 
 
+def test_a_clip_whose_decoder_ran_out_of_time_is_tried_again(config, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"none of its 6 clips can be used.* took longer than"):
+        run(config("data.decode_timeout_s=0.001"))
+    assert run(config()) == (True, 6)
+    manifest = read_manifest(tmp_path / "shards")
+    assert (manifest["samples"], manifest["rejected"]) == (6, [])
+
+
+def test_what_a_killed_run_left_is_cleared_away(config, tmp_path):
+    left = tmp_path / "shards" / ".work-0-abc"
+    left.mkdir(parents=True)
+    (left / "frames.npy").write_bytes(b"raw")
+    run(config())
+    assert not left.exists()
+
+
+def test_damaged_prompts_are_noticed(config, tmp_path):
+    run(config())
+    path = tmp_path / "shards" / PROMPTS
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="not what was written"):
+        verify_shards(tmp_path / "shards")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_prompt(tmp_path / "shards", "")
+    assert run(config()) == (True, 0)
+    assert verify_shards(tmp_path / "shards") == 6
+
+
 def test_image_to_video_stores_its_condition(config, tmp_path):
     cfg = config("model.variant=i2v_a14b")
     assert run(cfg) == (True, 6)

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from safetensors.numpy import save_file
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.video import write_mp4
-from tempolora.results.export import lora_file_name
-from tempolora.results.report import write_report
+from tempolora.results.names import lora_file_name, video_file_name
+from tempolora.results.report import _tick_labels, write_report
 
 FPS, FRAMES, HEIGHT, WIDTH = 16, 17, 48, 64
 
@@ -205,6 +207,9 @@ def test_one_missing_or_broken_video_is_said_beside_the_other(tmp_path):
     page = page_of(folder)
     assert "sample_after_lora.mp4 cannot be read" in page.text
     assert [attrs["src"] for attrs in page.all("video")] == ["sample_before_lora.mp4"]
+    (folder / "sample_before_lora.mp4").write_bytes(b"")
+    page = page_of(folder)
+    assert page.all("video") == [] and page.all("button") == []
 
 
 def test_missing_lora_file_and_switched_off_term_are_said(tmp_path):
@@ -243,11 +248,74 @@ def test_any_finite_values_can_be_drawn(tmp_path, values):
     assert points and "nan" not in points and "inf" not in points
 
 
-def test_unfinished_last_line_is_left_out_and_said(tmp_path):
-    folder = write_run(tmp_path / "out", steps=10)
+def test_tick_labels_are_short_and_of_one_form_at_any_size():
+    assert _tick_labels([0, 0.00025, 0.0005, 0.00075, 0.001]) == [
+        "0",
+        "2.5e-4",
+        "5e-4",
+        "7.5e-4",
+        "1e-3",
+    ]
+    assert _tick_labels([-0.01, 0.0, 0.01]) == ["-0.01", "0", "0.01"]
+    assert _tick_labels([0, 500_000, 1_000_000]) == ["0", "5e5", "1e6"]
+
+
+def test_torn_lines_are_left_out_and_named_wherever_they_stand(tmp_path):
+    folder = write_run(tmp_path / "out", steps=4, experts=("single",))
+    torn = b'{"expert": "single", "st'
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(torn + b"\n")
+        file.write(metrics_line("single", 5, 5).encode())
+        file.write(torn + metrics_line("single", 6, 1e6).encode())  # glued to the line after it
+        file.write(metrics_line("single", 7, 7).encode())
+        file.write(b"\0" * 300 + b"\xff\n")  # what a power cut may leave
+        file.write(b'{"expert": ["single"], "step": 8}\n')
+        file.write(metrics_line("single", 9, 9).encode())
+        file.write(torn)  # the run still writes
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "left out: 5 (line 5, 7, 9, 10, 12)." in html
+    assert row_of(html, "transformer")[1:3] == ["9 of 800", "9"]
+    assert "1e+06" not in html
+
+
+def test_many_torn_lines_are_counted_and_the_first_named(tmp_path):
+    folder = write_run(tmp_path / "out", steps=1, experts=("single",))
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"expert": "low", "st')
-    assert "The last line of metrics.jsonl is cut short" in page_of(folder).text
+        file.write("{\n" * 30)
+    assert "30 (line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 18 more)" in page_of(folder).text
+
+
+def test_every_prompt_stands_with_its_pair_of_videos(tmp_path):
+    folder = write_run(tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["output"]["prompts"] = ["a bell", "a <i>rope</i>"]
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [video_file_name(when, number) for number in (1, 2) for when in ("before", "after")]
+    assert names[1:3] == ["sample_after_lora.mp4", "sample_before_lora_2.mp4"]
+    for name in names[:3]:
+        write_video(folder / name, moving_row=20)
+    page = page_of(folder)
+    assert [attrs["src"] for attrs in page.all("video")] == names[:3]
+    first, second = page.text.split("Prompt: ")[1:]
+    assert first.startswith("a bell") and "is not in the folder" not in first
+    assert second.startswith("a <i>rope</i>")
+    assert "sample_after_lora_2.mp4 is not in the folder" in second
+    assert len(page.all("button")) == 1
+
+
+def test_without_prompts_the_page_says_whose_words_were_sampled(tmp_path):
+    folder = write_run(tmp_path / "out")
+    write_video(folder / "sample_before_lora.mp4", moving_row=20)
+    config = json.loads((folder / "config.json").read_text())
+    config["output"]["prompts"] = []
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "Prompt: the first caption of the data set" in page_of(folder).text
+
+
+def test_report_imports_nothing_heavy():
+    code = "import sys, tempolora.results.report; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "diffusers", "transformers", "peft"}.isdisjoint(done.stdout.split())
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])

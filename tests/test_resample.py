@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from tempolora.bench.resample import FREQUENCIES_HZ, RATES, SQUARES, measure
+from tempolora.bench.resample import RATES, SQUARES, measure
 from tempolora.data import resample
 from tempolora.data.resample import Pick
+
+PLAIN, TEXTURED = SQUARES
 
 
 def clock_of(fps, num):
@@ -81,9 +83,11 @@ def test_blend_is_the_mean_weighted_by_time_and_nearest_the_nearer():
         assert (make(Pick(0, 1, 0.3)).frame == level).all()
 
 
-@pytest.mark.parametrize("mover", SQUARES)
 @pytest.mark.parametrize("rate", RATES, ids=lambda rate: f"{float(rate):.3f}")
-@pytest.mark.parametrize("hz", FREQUENCIES_HZ)
+@pytest.mark.parametrize(
+    ("mover", "hz"),
+    [(PLAIN, 1.0), (PLAIN, 2.0), (PLAIN, 3.0), (PLAIN, 4.0), (TEXTURED, 1.0), (TEXTURED, 4.0)],
+)
 def test_resampled_motion_has_the_power_and_the_edges_of_motion_drawn_at_16_fps(mover, rate, hz):
     (cell,) = measure(mover, rate, hz, height=64, width=96, modes=("auto",))
     assert cell.power <= 1.2

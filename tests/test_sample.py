@@ -16,7 +16,7 @@ from tempolora.config import Config, ConfigError
 from tempolora.model.tinywan import tinywan_folder
 from tempolora.model.wan import load_text, load_transformer
 from tempolora.results import sample
-from tempolora.results.export import lora_file_name
+from tempolora.results.names import lora_file_name
 from tempolora.results.sample import (
     draw_noise,
     loras_in,
@@ -367,3 +367,48 @@ def test_lora_of_an_expert_the_model_lacks_is_refused_before_anything_is_loaded(
             steps=1,
             device="cpu",
         )
+
+
+def nothing_loads(monkeypatch) -> None:
+    for name in ("load_text", "load_vae", "load_transformer"):
+        monkeypatch.delattr(sample, name)
+
+
+def test_lora_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    nothing_loads(monkeypatch)
+    fits = write_lora(tmp_path / "high.safetensors", 0.5)
+    other = tmp_path / "low.safetensors"
+    name = "diffusion_model.blocks.0.self_attn.q"
+    save_file(
+        {f"{name}.lora_A.weight": torch.zeros(4, 384)}
+        | {f"{name}.lora_B.weight": torch.zeros(384, 4)},
+        other,
+    )
+    with pytest.raises(ConfigError, match=r"low\.safetensors: made for another model"):
+        ours(config("t2v_a14b"), tmp_path / "out.mp4", loras={"high": fits, "low": other})
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (".", "is a folder"),
+        ("folder", "is a folder"),
+        ("file/out.mp4", r"there can be no .*out\.mp4"),
+        ("file/new/out.mp4", r"there can be no .*out\.mp4"),
+    ],
+)
+def test_out_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, out, words
+):
+    nothing_loads(monkeypatch)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"^--out: .*{words}"):
+        ours(config("t2v_a14b"), tmp_path / out)
+
+
+def test_out_in_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+    nothing_loads(monkeypatch)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may always
+    with pytest.raises(ConfigError, match="no right to write"):
+        ours(config("t2v_a14b"), tmp_path / "out.mp4")

@@ -6,10 +6,12 @@ import tarfile
 import pytest
 import torch
 import webdataset
+from safetensors.torch import save_file
 
 from tempolora.config import ConfigError, load_config
 from tempolora.data.shards import (
     MEMBERS,
+    PROMPTS,
     Sample,
     ShardIndex,
     ShardReader,
@@ -37,6 +39,7 @@ def folder(tmp_path):
         index = ShardIndex(WANTED, clips={key: {} for key in keys})
         samples = [sample(key, ord(key)) for key in keys]
         write_shard(tmp_path / f"0000{number}-000000.tar", samples, index)
+    save_file({"p": torch.ones(1)}, tmp_path / PROMPTS)
     write_manifest(tmp_path, read_indexes(tmp_path), {"clips": 5})
     return tmp_path
 

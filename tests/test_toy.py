@@ -82,8 +82,7 @@ def test_the_same_seed_draws_the_same_set_and_no_folder_is_overwritten(tmp_path)
 
 
 def test_colours_come_back_from_an_mp4_in_both_decoders(tmp_path):
-    import decord
-
+    decord = pytest.importorskip("decord")
     colours = [(214, 48, 49), (46, 170, 87), (52, 101, 220), (236, 196, 50), (240, 240, 236)]
     frames = np.stack([np.full((48, 64, 3), c, np.uint8) for c in colours])
     write_mp4(tmp_path / "c.mp4", frames, Fraction(24000, 1001))

@@ -33,6 +33,10 @@ class ClipRejected(Exception):
     """A clip that cannot be used: one sentence a person can act on."""
 
 
+class DecoderFailed(ClipRejected):
+    """The decoder did not finish: out of time, memory or disk. Another run may succeed."""
+
+
 def list_clips(source: Path) -> list[Clip]:
     """The clips of a folder, in the order of its `prompts.txt` or `metadata.jsonl`.
 
@@ -179,8 +183,8 @@ class DecodedClip:
 def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> DecodedClip:
     """Decode `path` in a process of its own, which leaves its frames in the folder `workdir`.
 
-    Raises ClipRejected with the reason: what the worker found, or that it crashed or took longer
-    than `timeout_s` seconds.
+    Raises ClipRejected with the reason that the worker found, and DecoderFailed where it crashed
+    or took longer than `timeout_s` seconds.
     """
     path, workdir = Path(path), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -191,7 +195,7 @@ def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> 
     try:
         found = json.loads(answer.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ClipRejected(f"{path.name}: the decoder left no answer{said}") from None
+        raise DecoderFailed(f"{path.name}: the decoder left no answer{said}") from None
     if "rejected" in found:
         raise ClipRejected(f"{path.name}: {found['rejected']}")
     for reason in found["left_out"]:
@@ -235,7 +239,7 @@ def _run_worker(request: str, name: str, timeout_s: float) -> str:
     try:
         _, stderr = worker.communicate(request, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise ClipRejected(
+        raise DecoderFailed(
             f"{name}: decoding took longer than {timeout_s:g} s and was stopped"
         ) from None
     finally:
@@ -246,7 +250,7 @@ def _run_worker(request: str, name: str, timeout_s: float) -> str:
     said = f" ({lines[-1][:300]})" if lines else ""
     if worker.returncode < 0:
         cause = signal.Signals(-worker.returncode).name
-        raise ClipRejected(f"{name}: the decoder crashed with {cause}{said}")
+        raise DecoderFailed(f"{name}: the decoder crashed with {cause}{said}")
     if worker.returncode:
-        raise ClipRejected(f"{name}: the decoder failed{said}")
+        raise DecoderFailed(f"{name}: the decoder failed{said}")
     return said

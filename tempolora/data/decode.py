@@ -296,7 +296,9 @@ def save_audio(path: Path, first_frame_s: float, target: Path) -> dict:
                 chunks += [out.to_ndarray()[0] for out in resampler.resample(frame)]
             if start_s is not None:
                 chunks += [out.to_ndarray()[0] for out in resampler.resample(None)]
-    except (av.error.FFmpegError, ValueError) as error:
+    except av.error.FFmpegError as error:
+        return none | {"no_audio": f"its sound track does not decode ({error.strerror})"}
+    except ValueError as error:  # the resampler's, where the format changes on the way
         return none | {"no_audio": f"its sound track does not decode ({error})"}
     if not chunks:
         return none | {"no_audio": "its sound track is empty"}

@@ -22,15 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tempolora.config import Config
+from tempolora.config import Config, ConfigError
 from tempolora.data.audio import has_sound, onset_envelope
-from tempolora.data.clips import Clip, ClipRejected, DecodedClip, WindowSpec, list_clips, read_clip
+from tempolora.data.clips import (
+    Clip,
+    ClipRejected,
+    DecodedClip,
+    DecoderFailed,
+    WindowSpec,
+    list_clips,
+    read_clip,
+)
 from tempolora.data.shards import (
     MANIFEST,
     PROMPTS,
     Sample,
     ShardIndex,
     fingerprint,
+    has_prompts,
     index_path,
     prompt_name,
     read_indexes,
@@ -47,6 +56,7 @@ log = logging.getLogger(__name__)
 
 DECODED_AHEAD = 2  # clips being decoded while the VAE works on another
 CAPTION_BATCH = 8
+SPACED_WINDOWS = 4  # where data.max_windows is not set
 
 
 class Encoders(Protocol):
@@ -87,6 +97,8 @@ def precompute(cfg: Config, encoders: Encoders, rank: int = 0, world: int = 1) -
     done = _finished_clips(folder, clips, wanted)
     share = [clip for clip in clips[rank::world] if clip.file not in done]
     log.info("%d clips, %d of them done before, %d to do here", len(clips), len(done), len(share))
+    for left_by_a_killed_run in folder.glob(f".work-{rank}-*"):
+        shutil.rmtree(left_by_a_killed_run)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".work-{rank}-") as scratch:
         job = _Job(cfg, folder, wanted, share, rank)
         texts = _spool_texts(job, encoders, Path(scratch))
@@ -105,6 +117,8 @@ def _finished_clips(folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> 
             for file, identity in index.clips.items()
             if file not in current or not _is_same(current[file], identity)
         ]
+        if not index.clips:  # nothing but clips whose decoder failed
+            stale = list(index.failed)
         if stale:
             log.info("%s: %s changed or left the list; made again", name, ", ".join(stale))
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -137,9 +151,8 @@ def _spool_texts(job: _Job, encoders: Encoders, scratch: Path) -> dict[str, Path
     """Embed every caption to a file, so that memory holds neither all of them nor two models."""
     captions = sorted({clip.caption for clip in job.clips})
     prompts = _stored_prompts(job.cfg) if job.rank == 0 else []
-    if prompts and (job.folder / PROMPTS).is_file():
-        stored = load_file(job.folder / PROMPTS)
-        prompts = [] if all(prompt_name(prompt) in stored for prompt in prompts) else prompts
+    if has_prompts(job.folder, prompts, job.fingerprint["text_encoder"]):
+        prompts = []
     wanted = captions + [prompt for prompt in prompts if prompt not in captions]
     batches = [wanted[i : i + CAPTION_BATCH] for i in range(0, len(wanted), CAPTION_BATCH)]
     texts = {}
@@ -154,7 +167,7 @@ def _spool_texts(job: _Job, encoders: Encoders, scratch: Path) -> dict[str, Path
     if prompts:
         stored = {prompt_name(p): load_file(texts[p])["text"] for p in prompts}
         with replacing(job.folder / PROMPTS) as temporary:
-            save_file(stored, temporary)
+            save_file(stored, temporary, {"text_encoder": job.fingerprint["text_encoder"]})
     return texts
 
 
@@ -167,6 +180,10 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
     samples: list[Sample] = []
     index = ShardIndex(job.fingerprint)
     for clip, decoded in _decode_ahead(job, scratch):
+        if isinstance(decoded, DecoderFailed):
+            log.warning("%s; the next run tries it again", decoded)
+            index.failed[clip.file] = str(decoded)
+            continue
         index.clips[clip.file] = _identity(clip)
         if isinstance(decoded, ClipRejected):
             log.warning("rejected: %s", decoded)
@@ -182,7 +199,7 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
         if len(samples) >= job.cfg.data.samples_per_shard:
             write_shard(_next_shard(job), samples, index)
             samples, index = [], ShardIndex(job.fingerprint)
-    if index.clips:
+    if index.clips or index.failed:
         write_shard(_next_shard(job), samples, index)
 
 
@@ -201,7 +218,7 @@ def _decode_ahead(job: _Job, scratch: Path) -> Iterator[tuple[Clip, DecodedClip 
         height=data.height,
         width=data.width,
         windows=data.windows,
-        max_windows=data.max_windows,
+        max_windows=data.max_windows or SPACED_WINDOWS,
         resample=data.resample,
     )
 
@@ -279,7 +296,7 @@ def sample_key(file: str, window: int) -> str:
 def _finish(cfg: Config, folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> bool:
     """Write the manifest if every clip is accounted for and the prompts are embedded."""
     indexes = read_indexes(folder)
-    held = {file for index in indexes.values() for file in index.clips}
+    held = {file for index in indexes.values() for file in (*index.clips, *index.failed)}
     missing = [clip for clip in clips if clip.file not in held]
     if missing or not (folder / PROMPTS).is_file():
         log.info("this share is done; %d clips remain with other processes", len(missing))
@@ -296,4 +313,10 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], wanted: dict[str, Any]
         manifest["frames"]["inbetween"],
         manifest["frames"]["nearest_fallback"],
     )
+    if not manifest["samples"]:
+        reason = manifest["rejected"][0]["reason"]
+        raise ConfigError(
+            f"{cfg.data.source}: none of its {len(clips)} clips can be used, so there is nothing "
+            f"to train on; the first: {reason}"
+        )
     return True

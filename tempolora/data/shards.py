@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import webdataset
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as safetensors_from_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_to_bytes
@@ -61,6 +62,7 @@ class ShardIndex:
 
     samples: key -> member -> [offset, bytes, SHA-256]. clips: file -> what `clip_identity` gave.
     rejected: file -> reason; such clips are in `clips` too, so that they are not tried again.
+    failed: file -> reason, where the decoder did not finish; tried again by the next run.
     left_out: file -> reasons, of windows that could not be used. frames: counts of frames that
     are not source frames: made in between, or taken from the nearest for want of a good one.
     """
@@ -70,6 +72,7 @@ class ShardIndex:
     samples: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     clips: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=lambda: {"inbetween": 0, "nearest_fallback": 0})
 
@@ -89,7 +92,7 @@ def fingerprint(cfg: Config, models: dict[str, str]) -> dict[str, Any]:
         "data.width": data.width,
         "data.fps": cfg.timebase.fps,
         "data.windows": data.windows,
-        "data.max_windows": data.max_windows if data.windows == "spaced" else None,
+        "data.max_windows": data.max_windows,
         "data.resample": data.resample,
         **models,
     }
@@ -141,6 +144,8 @@ def read_indexes(folder: Path) -> dict[str, ShardIndex]:
     for path in sorted(folder.glob("*.tar.json")):
         try:
             indexes[path.name.removesuffix(".json")] = ShardIndex(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            continue  # another process took a stale shard away
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"{path}: damaged index ({error}); delete it with its shard and precompute again"
@@ -161,12 +166,15 @@ def write_manifest(folder: Path, indexes: dict[str, ShardIndex], facts: dict[str
         for name, index in sorted(indexes.items())
     ]
     every = indexes.values()
+    made = {file for index in every for file in index.clips}
     rejected = {file: why for index in every for file, why in index.rejected.items()}
+    rejected |= {f: why for index in every for f, why in index.failed.items() if f not in made}
     manifest = {
         "format": FORMAT,
         "fingerprint": first.fingerprint,
         "samples": sum(shard["count"] for shard in shards),
         "shards": shards,
+        "prompts_sha256": sha256_of(folder / PROMPTS),
         "rejected": [{"file": file, "reason": why} for file, why in sorted(rejected.items())],
         "left_out": {file: why for index in every for file, why in index.left_out.items()},
         "frames": {
@@ -213,6 +221,8 @@ class ShardReader:
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, dict[str, list[Any]]]] = {}
         for shard in manifest["shards"]:
+            if Path(shard["name"]).name != shard["name"]:
+                raise ConfigError(f"{folder / MANIFEST}: {shard['name']!r} is not in this folder")
             path = index_path(folder / shard["name"])
             if not path.is_file() or sha256_of(path) != shard["index_sha256"]:
                 raise _damaged(path, "does not fit the manifest")
@@ -269,9 +279,24 @@ def prompt_name(prompt: str) -> str:
     return sha256(prompt.encode()).hexdigest()[:16]
 
 
+def has_prompts(folder: Path, prompts: list[str], text_encoder: str) -> bool:
+    """Whether all prompts are embedded there, by the text encoder of that fingerprint."""
+    try:
+        with safe_open(folder / PROMPTS, framework="pt") as stored:
+            made_by = (stored.metadata() or {}).get("text_encoder")
+            return made_by == text_encoder and {*map(prompt_name, prompts)} <= {*stored.keys()}
+    except (OSError, SafetensorError):
+        return False
+
+
 def load_prompt(folder: Path, prompt: str) -> Tensor:
     """The stored (L, D) embedding of a prompt. Raises ConfigError where it was not embedded."""
-    stored = load_file(folder / PROMPTS)
+    try:
+        stored = load_file(folder / PROMPTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder / PROMPTS}: cannot be read ({error}); run `tempolora precompute` again"
+        ) from None
     if prompt_name(prompt) not in stored:
         raise ConfigError(
             f"output.prompts: {prompt!r} was not embedded; run `tempolora precompute` again"
@@ -290,4 +315,9 @@ def verify_shards(folder: Path) -> int:
             raise _damaged(path, "differs from what was written")
         if sha256_of(index_path(path)) != shard["index_sha256"]:
             raise _damaged(index_path(path), "does not fit the manifest")
+    prompts = folder / PROMPTS
+    if not prompts.is_file() or sha256_of(prompts) != manifest["prompts_sha256"]:
+        raise ConfigError(
+            f"{prompts}: not what was written; delete it and run `tempolora precompute` again"
+        )
     return manifest["samples"]

@@ -1,6 +1,5 @@
 """The two encoders that precompute needs, one in memory at a time: text first, then the VAE."""
 
-import gc
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from tempolora.config import Config, ModelConfig
 from tempolora.model import wan
+from tempolora.model.memory import free_memory
 
 
 def encoder_fingerprints(model: ModelConfig) -> dict[str, str]:
@@ -39,9 +39,7 @@ class WanEncoders:
             with torch.no_grad():
                 yield [text.cpu() for text in wan.encode_prompts(tokenizer, encoder, batch)]
         del tokenizer, encoder
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self._device)
 
     @torch.no_grad()
     def encode_frames(self, frames_FHW3: Tensor) -> dict[str, Tensor]:

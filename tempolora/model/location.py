@@ -71,7 +71,7 @@ def single_file(model: ModelConfig, part: str) -> Path | None:
 def part_config(model: ModelConfig, part: str) -> dict:
     """Architecture of `part`: from the local folder if there is one, else as published."""
     folder = local_folder(model)
-    if folder is None:
+    if model.init == "random" or folder is None or not (folder / part / "config.json").is_file():
         return architecture(model.variant, part)
     return _read_config(folder / part / "config.json")
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import re
+from typing import Any
 
 import peft
 import torch
@@ -90,6 +91,12 @@ def target_modules(lora: LoraConfig, num_blocks: int) -> list[str]:
             f"blocks; the end may be at most {num_blocks}"
         )
     return [f"blocks.{n}.{name}" for n in range(first, end) for name in TARGETS[lora.target]]
+
+
+def check_lora(lora: LoraConfig, timebase: TimeBase, architecture: dict[str, Any]) -> None:
+    """Raise ConfigError where `lora` does not fit a transformer's config.json, unloaded."""
+    target_modules(lora, architecture["num_layers"])
+    adapter_rows(lora, timebase, architecture["attention_head_dim"])
 
 
 class AdapterLinear(nn.Linear):

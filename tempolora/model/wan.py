@@ -87,9 +87,17 @@ def load_transformer(
     return _load(model, part, device, WanTransformer3DModel, new_transformer, _transformer_keys)
 
 
+def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
+    """The transformer that `load_transformer` gives, on the meta device: names and shapes alone."""
+    part = PART_OF[expert]
+    random = model.init == "random"
+    config = architecture(model.variant, part) if random else part_config(model, part)
+    return _on_meta(new_transformer, config)
+
+
 def transformer_bytes(model: ModelConfig, expert: str) -> int:
     """Memory of `load_transformer`'s weights in `model.base`, without loading them."""
-    module = _on_meta(new_transformer, part_config(model, PART_OF[expert]))
+    module = meta_transformer(model, expert)
     return sum(p.numel() for p in module.parameters()) * _DTYPE[model.base].itemsize
 
 
@@ -400,7 +408,7 @@ def predict_velocity(
     but for the timestep: their UniPC sampler cuts 1000 * sigma to a whole number.
     """
     assert per_token_time or not clean_first_frame, "a clean first frame needs per-token time"
-    bare = getattr(transformer, "module", transformer)  # DDP hides the model's attributes
+    bare = getattr(transformer, "module", transformer)  # DeepSpeed wraps the model
     inputs = latents_BCTHW
     if condition_BCTHW is not None:
         inputs = torch.cat([latents_BCTHW, condition_BCTHW.to(latents_BCTHW.dtype)], dim=1)
@@ -464,15 +472,15 @@ def fingerprint(model: ModelConfig, part: str) -> str:
 
 
 def _snapshot(model: ModelConfig, part: str) -> Path:
-    """The folder in the local hub cache that from_pretrained read."""
+    """The folder in the local hub cache, downloaded where it is not there yet."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(
-            snapshot_download(model.id, allow_patterns=[f"{part}/*"], local_files_only=True)
-        )
-    except OSError as error:
-        raise ConfigError(f"model.id: {model.id} has not been downloaded yet") from error
+        return Path(snapshot_download(model.id, allow_patterns=[f"{part}/*"]))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}") from error
 
 
 def _digest_json(digest: Any, content: dict[str, Any]) -> Any:

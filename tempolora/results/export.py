@@ -7,10 +7,8 @@ converts the same names; both were read in their code (FACTS 3).
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
-from typing import Literal
 
 import safetensors
 import safetensors.torch
@@ -18,8 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tempolora.config import ConfigError, LoraConfig
+from tempolora.files import replacing
 from tempolora.model import wan
 from tempolora.model.lora import standard_lora
+from tempolora.results.names import lora_file_name  # noqa: F401 - run.py takes it from here
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,6 @@ _ORIGINAL_NAMES = {
 }
 _KEY = re.compile(r"(blocks\.\d+)\.(.+)\.(lora_[AB]\.weight)")
 _LOADED_KEY = re.compile(r"transformer\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias)")
-
-
-def lora_file_name(expert: Literal["high", "low", "single"]) -> str:
-    """The file's name inside output.dir."""
-    noise = {"high": "_high_noise", "low": "_low_noise", "single": ""}[expert]
-    return f"wan22_temporal_lora{noise}.safetensors"
 
 
 def export_lora(
@@ -67,7 +61,8 @@ def export_lora(
         _original_key(name): weight.detach().cpu().contiguous() for name, weight in standard.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, safetensors.torch.save(tensors, metadata))
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -91,13 +86,7 @@ def apply_lora_file(transformer: nn.Module, path: Path) -> None:
     fit this model in every tensor; the model is then unchanged.
     """
     settings = read_metadata(path).get(_DIFFUSERS_METADATA)
-    given = safetensors.torch.load_file(path)
-    try:
-        state = wan.convert_lora_keys(given)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: not a LoRA for Wan that can be converted: {error}") from None
-    _check_fit(transformer, state, path)
-    lost = sum(not key.endswith(".alpha") for key in given) - len(state)
+    state, lost = _read_fitting(transformer, path)
     if lost > 0:
         logger.warning("%s: %d tensors that are no LoRA pairs are left out", path, lost)
     earlier = list(getattr(transformer, "peft_config", {}))
@@ -110,11 +99,28 @@ def apply_lora_file(transformer: nn.Module, path: Path) -> None:
                 module.set_adapter(list(transformer.peft_config))
 
 
+def check_lora_file(transformer: nn.Module, path: Path) -> None:
+    """Raise the ConfigError that `apply_lora_file` would; a transformer on meta shows as much."""
+    read_metadata(path)
+    _read_fitting(transformer, path)
+
+
 def _original_key(name: str) -> str:
     match = _KEY.fullmatch(name)
     if match is None or match[2] not in _ORIGINAL_NAMES:
         raise ValueError(f"{name}: no LoRA consumer knows this layer")
     return f"diffusion_model.{match[1]}.{_ORIGINAL_NAMES[match[2]]}.{match[3]}"
+
+
+def _read_fitting(transformer: nn.Module, path: Path) -> tuple[dict[str, Tensor], int]:
+    """A file's LoRA by diffusers' names, and how many of its tensors are no part of that."""
+    given = safetensors.torch.load_file(path)
+    try:
+        state = wan.convert_lora_keys(given)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: not a LoRA for Wan that can be converted: {error}") from None
+    _check_fit(transformer, state, path)
+    return state, sum(not key.endswith(".alpha") for key in given) - len(state)
 
 
 def _check_fit(transformer: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -143,20 +149,3 @@ def _check_fit(transformer: nn.Module, state: dict[str, Tensor], path: Path) -> 
                 f"{path}: made for another model: {name} is {(b.shape[0], *a.shape[1:])} there "
                 f"and {tuple(weight.shape)} here"
             )
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)

@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from tempolora.config import ConfigError
 from tempolora.files import replacing
-from tempolora.results.export import lora_file_name
+from tempolora.results.names import EXPERTS, lora_file_name, video_file_name
 
-EXPERTS = ("single", "high", "low")
 EXPERT_NAMES = {"single": "transformer", "high": "high-noise", "low": "low-noise"}
 TERMS = {"loss": "Loss", "flow": "Flow term", "spectral": "Spectral term", "tv": "Smoothness term"}
 WEIGHT_KEYS = {"spectral": "rhythm.spec_weight", "tv": "rhythm.tv_weight"}
@@ -39,20 +38,19 @@ OTHER_CURVES = {
     "samples_per_s": "Samples per second",
     "peak_gib": "Peak GPU memory in GiB",
 }
-VIDEOS = {
-    "sample_before_lora.mp4": "Before: base model",
-    "sample_after_lora.mp4": "After: with the LoRA",
-}
+VIDEOS = {"before": "Before: base model", "after": "After: with the LoRA"}
 VIDEO_CONTROLS = (
     '<p class="controls"><button id="play" type="button">Pause</button></p>'
     '<p class="caption">Below each video: frames from first to last, then one row of pixels over '
     "time (time runs down). Still things draw vertical lines, motion slants them, flicker draws "
     "horizontal bands.</p>"
 )
+FIRST_CAPTION = "the first caption of the data set (output.prompts is empty)"
+MAX_LISTED = 12  # line numbers in a remark
 STRIP_FRAMES, STRIP_WIDTH = 4, 560  # frames in a strip; its width in pixels
 SCHEDULED = {"lr"}  # known without noise: a running mean would only bend it
 CHART_W, CHART_H = 340, 200
-PLOT = (52, 8, CHART_W - 14, CHART_H - 34)  # left, top, right, bottom
+PLOT = (56, 8, CHART_W - 14, CHART_H - 34)  # left, top, right, bottom
 
 Metrics = dict[str, list[dict[str, Any]]]
 
@@ -60,8 +58,8 @@ Metrics = dict[str, list[dict[str, Any]]]
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` and return its path.
 
-    The page refers to the two mp4 files beside it and to nothing else. Raises ConfigError if
-    config.json or metrics.jsonl is missing or unreadable.
+    The page refers to the mp4 files beside it and to nothing else. Raises ConfigError if
+    config.json is missing or unreadable, or metrics.jsonl is missing or holds no step.
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")
@@ -102,35 +100,30 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
     """Per expert its lines in order of step, and remarks for the page.
 
-    A resumed run writes again the steps after its checkpoint: the later line counts.
+    A resumed run writes again the steps after its checkpoint: the later line counts. Lines that a
+    killed run left torn are skipped.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read ({error.strerror}); a report needs an output folder of training"
         ) from None
     by_step: dict[str, dict[int, dict[str, Any]]] = {}
-    notes, repeated = [], 0
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
+    torn, repeated = [], 0
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-            expert, step = entry["expert"], entry["step"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines) and not text.endswith("\n"):
-                notes.append("The last line of metrics.jsonl is cut short and was left out.")
-                continue
-            raise ConfigError(
-                f'{path}: line {number}: not a JSON object with "expert" and "step"'
-            ) from None
-        steps = by_step.setdefault(expert, {})
-        repeated += step in steps
-        steps[step] = entry
+        entry = _metrics_entry(line)
+        if entry is None:
+            torn.append(number)
+            continue
+        steps = by_step.setdefault(entry["expert"], {})
+        repeated += entry["step"] in steps
+        steps[entry["step"]] = entry
     if not by_step:
         raise ConfigError(f"{path}: holds no steps; train first")
+    notes = [_torn_note(torn)] if torn else []
     if repeated:
         notes.append(
             f"The run was resumed: {repeated} logged steps stand twice in metrics.jsonl, "
@@ -139,6 +132,29 @@ def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
     order = [name for name in EXPERTS if name in by_step]
     order += [name for name in by_step if name not in EXPERTS]
     return {name: [by_step[name][step] for step in sorted(by_step[name])] for name in order}, notes
+
+
+def _metrics_entry(line: str) -> dict[str, Any] | None:
+    """A line's values, or None for what no run has written whole."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    whole = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("expert"), str)
+        and isinstance(entry.get("step"), int)
+    )
+    return entry if whole else None
+
+
+def _torn_note(numbers: Sequence[int]) -> str:
+    listed = ", ".join(map(str, numbers[:MAX_LISTED]))
+    more = f" and {len(numbers) - MAX_LISTED} more" if len(numbers) > MAX_LISTED else ""
+    return (
+        f"Lines of metrics.jsonl that cannot be read and were left out: {len(numbers)} "
+        f"(line {listed}{more}). A run that is killed while it writes leaves such a line."
+    )
 
 
 def _setting(config: dict[str, Any], key: str) -> Any:
@@ -162,42 +178,44 @@ def _facts(config: dict[str, Any]) -> str:
         f"LoRA: {_setting(config, 'lora.target')}, rank {_setting(config, 'lora.rank')}",
     ]
     line = " &middot; ".join(escape(str(part)) for part in parts if part)
-    prompts = _setting(config, "output.prompts")
-    prompt = (
-        prompts[0] if prompts else "the first caption of the data set (output.prompts is empty)"
-    )
-    return (
-        f'<p class="soft">{line}</p>'
-        f'<p class="prompt"><span class="soft">Prompt:</span> {escape(prompt)}</p>'
-    )
+    return f'<p class="soft">{line}</p>'
 
 
 def _videos(folder: Path, config: dict[str, Any]) -> str:
-    present = [name for name in VIDEOS if (folder / name).is_file()]
+    prompts = _setting(config, "output.prompts") or [FIRST_CAPTION]
+    pairs = [{when: video_file_name(when, n + 1) for when in VIDEOS} for n in range(len(prompts))]
+    present = {name for pair in pairs for name in pair.values() if (folder / name).is_file()}
     if not present:
         if _setting(config, "output.sample_steps") == 0:
             return _note("No videos: output.sample_steps is 0.")
-        return _note(
-            f"No videos: {' and '.join(VIDEOS)} are not in the folder; "
-            "training writes them when it starts and when it ends."
-        )
+        names = " and ".join(pairs[0].values())
+        return _note(f"No videos: {names} are not in the folder; training writes them.")
+    pairs_shown = "".join(map(_pair, itertools.repeat(folder), pairs, prompts))
+    return (VIDEO_CONTROLS if "<video " in pairs_shown else "") + pairs_shown
+
+
+def _pair(folder: Path, names: dict[str, str], prompt: str) -> str:
+    """One prompt's videos side by side; names: "before" and "after" -> file name."""
     frames: dict[str, np.ndarray] = {}
-    problems = {name: f"{name} is not in the folder." for name in VIDEOS if name not in present}
-    for name in present:
+    problems: dict[str, str] = {}
+    for when, name in names.items():
+        if not (folder / name).is_file():
+            problems[when] = f"{name} is not in the folder."
+            continue
         try:
-            frames[name] = _read_frames(folder / name)
+            frames[when] = _read_frames(folder / name)
         except (av.FFmpegError, ValueError) as error:
-            problems[name] = f"{name} cannot be read: {error}"
+            problems[when] = f"{name} cannot be read: {error}"
     row = _liveliest_row(frames.values())
     figures = []
-    for name, title in VIDEOS.items():
-        if name in problems:
-            body = _note(problems[name])
+    for when, title in VIDEOS.items():
+        if when in problems:
+            body = _note(problems[when])
         else:
-            body = _video(name, title, frames[name], row[len(frames[name][0])])
+            body = _video(names[when], title, frames[when], row[len(frames[when][0])])
         figures.append(f"<figure><h3>{escape(title)}</h3>{body}</figure>")
-    pair = f'<div class="pair">{"".join(figures)}</div>'
-    return f'<div class="card">{pair}{VIDEO_CONTROLS if frames else ""}</div>'
+    said = f'<p class="prompt"><span class="soft">Prompt:</span> {escape(prompt)}</p>'
+    return f'<div class="card videos">{said}<div class="pair">{"".join(figures)}</div></div>'
 
 
 def _video(name: str, title: str, frames_FHW3: np.ndarray, row: int) -> str:
@@ -375,12 +393,10 @@ def _chart(term: str, curves: dict[str, tuple[list[int], list[float]]]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
 
     parts = []
-    for tick in ticks_y:
+    for tick, label in zip(ticks_y, _tick_labels(ticks_y), strict=True):
         y = bottom - (bottom - top) * (tick - floor) / (ceiling - floor)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
-        )
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in ticks_x:
         x = left + (right - left) * tick / end
         parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.0f}</text>')
@@ -428,6 +444,16 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
+
+
+def _tick_labels(ticks: Sequence[float]) -> list[str]:
+    """All in one form, and none so long that it would meet the name of the axis."""
+    if 0.01 <= max(map(abs, ticks)) < 1e5:
+        return [_number(tick) for tick in ticks]
+    parts = (f"{tick:.2e}".split("e") for tick in ticks)
+    return [
+        f"{float(mantissa):g}e{int(power)}" if float(mantissa) else "0" for mantissa, power in parts
+    ]
 
 
 def _number(value: float | None) -> str:

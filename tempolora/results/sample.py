@@ -5,8 +5,8 @@ that was embedded at precompute, the command `tempolora sample` starts from a pr
 encoder, experts and VAE follow each other in memory and never meet there.
 """
 
-import gc
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.video import write_mp4
+from tempolora.model.memory import free_memory
 from tempolora.model.wan import (
     condition_channels,
     decode_video,
@@ -28,16 +29,17 @@ from tempolora.model.wan import (
     load_text,
     load_transformer,
     load_vae,
+    meta_transformer,
     pad_text,
     predict_velocity,
 )
-from tempolora.results.export import apply_lora_file, lora_file_name, read_metadata
+from tempolora.results.export import apply_lora_file, check_lora_file, read_metadata
+from tempolora.results.names import EXPERTS, lora_file_name
 from tempolora.variants import NEGATIVE_PROMPT, Variant
 
 logger = logging.getLogger(__name__)
 
 TRAIN_TIMESTEPS = 1000
-EXPERTS = ("single", "high", "low")
 
 
 def expert_at(variant: Variant, timestep: int) -> tuple[str, float]:
@@ -136,13 +138,13 @@ def sample_video(
     text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
     entry the expert is the base model. condition: (C, T, H, W) encoded condition of I2V-A14B;
     first_latent: (C, 1, H, W) clean first latent frame of 5B image to video, both normalised.
-    Raises ConfigError for a LoRA of an expert that the model does not have, or one that does not
-    fit it.
+    Raises ConfigError, before anything large is loaded, for a LoRA of an expert that the model does
+    not have, one that does not fit it, or an `out` that cannot be written.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    device, variant = torch.device(device), cfg.variant
-    _check_experts(loras, variant.experts)
+    device, variant, out = torch.device(device), cfg.variant, Path(out)
+    _check(cfg, out, loras)
     needs_first = cfg.task == "i2v" and variant.per_token_time
     needs_condition = cfg.task == "i2v" and not variant.per_token_time
     assert (first_latent is not None) == needs_first, "first_latent goes with 5B i2v alone"
@@ -171,8 +173,6 @@ def sample_video(
     frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
     del vae
     free_memory(device)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, frames_FHW3, cfg.timebase.fps)
     logger.info("wrote %s", out)
     return out
@@ -197,7 +197,6 @@ def sample_from_prompt(
     `sample_video` raises; all of it before anything large is loaded.
     """
     device = torch.device(device)
-    _check_experts(loras, cfg.variant.experts)
     if cfg.task == "i2v" and image is None:
         raise ConfigError("--image: model.task i2v starts from an image; give one")
     if cfg.task == "t2v" and image is not None:
@@ -205,6 +204,7 @@ def sample_from_prompt(
             f"--image: {cfg.model.variant} with model.task t2v takes no image; leave it out"
         )
     first_frame_HW3 = read_image(image, cfg.data.height, cfg.data.width) if image else None
+    _check(cfg, Path(out), loras)
 
     tokenizer, encoder = load_text(cfg.model, device)
     text_LD, negative_LD = encode_prompts(tokenizer, encoder, [prompt, negative])
@@ -222,6 +222,24 @@ def sample_from_prompt(
         device=device,
         **given,
     )
+
+
+def _check(cfg: Config, out: Path, loras: Mapping[str, Path]) -> None:
+    """What would else be found after minutes: LoRA files that do not fit, no place for the video.
+
+    Makes the folder of `out`.
+    """
+    _check_experts(loras, cfg.variant.experts)
+    for expert, path in loras.items():
+        check_lora_file(meta_transformer(cfg.model, expert), path)
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; name the mp4 file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: there can be no {out}: {error.strerror}") from None
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: no right to write into {out.parent}")
 
 
 def _encode_first_frame(cfg: Config, frame_HW3: np.ndarray, device: torch.device) -> dict:
@@ -301,10 +319,3 @@ def _check_experts(loras: Mapping[str, Path], experts: Sequence[str]) -> None:
             raise ConfigError(
                 f"--lora: {path} is for the expert {expert!r}; the model has {', '.join(experts)}"
             )
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what dropped models held: hooks and parametrisations leave reference cycles."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempolora.config import ConfigError
-from tempolora.files import sha256_of, sync_folder, write_json
+from tempolora.files import sha256_of, sync_file, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +50,24 @@ class Checkpoint:
 
 
 def begin(root: Path, step: int) -> Path:
-    """The temporary folder that a checkpoint is filled in; every process may write into it."""
-    folder = root / f".step-{step:06d}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
+    """The temporary folder that a checkpoint is filled in, emptied of what a killed run left."""
+    folder = _temporary(root, step)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     return folder
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """One tensor file of a checkpoint under way."""
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name)
+def write_tensors(root: Path, step: int, name: str, tensors: dict[str, Tensor]) -> None:
+    """One tensor file of the checkpoint under way; any process, after `begin` on one of them."""
+    path = _temporary(root, step) / name
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
+    sync_file(path)
 
 
 def commit(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Seal the temporary folder, give it its name, and drop all but the newest `keep`."""
-    folder = begin(root, step)
+    folder = _temporary(root, step)
     write_json(folder / "state.json", state)
     files = sorted(path for path in folder.iterdir())
     write_json(folder / MANIFEST, {path.name: sha256_of(path) for path in files})
@@ -77,11 +81,25 @@ def commit(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return final
 
 
+def set_newer_aside(root: Path, step: int) -> None:
+    """Move checkpoints after `step` to `superseded/`: a run that goes back must not find them."""
+    for folder in _folders(root):
+        if _step_of(folder) > step:
+            aside = root / "superseded" / folder.name
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            log.info("%s is now %s", folder, aside)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint and read its state. Raises ConfigError naming what is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         for name, digest in manifest.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a file of its own")
             if sha256_of(folder / name) != digest:
                 raise ConfigError(f"{folder / name}: not what was written; use another checkpoint")
         return Checkpoint(folder, json.loads((folder / "state.json").read_bytes()))
@@ -99,5 +117,15 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
+def _temporary(root: Path, step: int) -> Path:
+    return root / f".step-{step:06d}.tmp"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def _folders(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"))
+    """The checkpoints of a folder by step; a copy that a user named otherwise is not one."""
+    found = [path for path in root.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=_step_of)

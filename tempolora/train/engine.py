@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from tempolora.config import Config, ConfigError, TrainConfig
+from tempolora.launched import launched_by_deepspeed
 from tempolora.model.lora import lora_parameters
-from tempolora.train.world import World, launched_by_deepspeed
+from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +34,28 @@ def uses_deepspeed(cfg: Config) -> bool:
     return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
 
 
+def check_engine(cfg: Config, processes: int) -> None:
+    """Raise ConfigError where `parallel.engine` does not go with the number of processes."""
+    engine = cfg.parallel.engine
+    if engine == "plain" and processes > 1:
+        raise ConfigError(
+            f'parallel.engine: "plain" runs on one process, {processes} were started; '
+            'use "auto", "ddp", "fsdp" or "deepspeed"'
+        )
+    if engine in ("ddp", "fsdp") and processes == 1:
+        raise ConfigError(
+            f'parallel.engine: "{engine}" has nothing to share with one process; start several '
+            'with torchrun, or use "auto"'
+        )
+
+
 def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
     """The engine that `parallel.engine: auto` stands for here; a set one is returned as it is.
 
-    base_bytes: of the frozen transformer. Raises ConfigError for plain on many processes.
+    base_bytes: of the frozen transformer.
     """
-    engine = cfg.parallel.engine
-    if engine == "plain" and world.size > 1:
-        raise ConfigError(
-            f'parallel.engine: "plain" runs on one process, {world.size} were started; '
-            'use "auto", "ddp", "fsdp" or "deepspeed"'
-        )
-    if engine != "auto":
-        return engine
+    if cfg.parallel.engine != "auto":
+        return cfg.parallel.engine
     if uses_deepspeed(cfg):
         engine, why = "deepspeed", "the deepspeed launcher started this run"
     elif world.size == 1:
@@ -184,8 +194,7 @@ class DeepSpeedEngine:
             self._engine.step()
 
     def step(self, lr: float) -> Tensor:
-        """As TorchEngine.step, but DeepSpeed has applied the gradients when their norm is known:
-        the adapters are lost if it isn't finite, the checkpoints are not."""
+        """As TorchEngine.step; ZeRO itself skips an update whose norm is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -237,7 +246,7 @@ def deepspeed_config(cfg: Config, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": train.gradient_accumulation,
         "train_batch_size": train.batch_size * train.gradient_accumulation * world.size,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": cfg.parallel.zero_stage},
+        "zero_optimization": {"stage": cfg.parallel.zero_stage or 3},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": train.max_steps + 1,
     }

@@ -1,6 +1,5 @@
 """The training loop: samples in, checkpoints and metrics out, one expert at a time."""
 
-import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -17,12 +16,14 @@ from tempolora.config import Config
 from tempolora.data.loader import batches
 from tempolora.data.shards import ShardReader, load_prompt
 from tempolora.model import lora, wan
+from tempolora.model.memory import free_memory
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.metrics import MetricsLog
 from tempolora.train.resume import run_facts, save
 from tempolora.train.schedule import ema_decay_at, lr_at
 from tempolora.train.step import Batch, Collate, Objective
+from tempolora.train.stop import Stopped, StopSignal
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def train_expert(
     """Train one expert's adapters up to `train.max_steps`; the folder of the last checkpoint.
 
     resume: the checkpoint to go on from, or None to start at step 0. Raises FloatingPointError
-    where a gradient is not finite and ConfigError for a damaged sample.
+    where a gradient is not finite, ConfigError for a damaged sample, and Stopped, with a
+    checkpoint written, where a signal asked for it.
     """
     done, draws = (resume.state["step"], resume.state["draws"]) if resume else (0, 0)
     if resume and done >= cfg.train.max_steps:
@@ -51,8 +53,10 @@ def train_expert(
     source = _batches(cfg, expert, reader, world, draws, train.max_steps - done)
     with ExitStack() as stack:
         metrics = bar = None
+        stop = stack.enter_context(StopSignal(world))
         if world.is_main:
-            metrics = stack.enter_context(MetricsLog(Path(cfg.output.dir), cfg.output.trackers))
+            metrics = MetricsLog(Path(cfg.output.dir), expert, done, cfg.output.trackers)
+            stack.enter_context(metrics)
             bar = stack.enter_context(
                 tqdm(total=train.max_steps, initial=done, desc=expert, unit="step", disable=None)
             )
@@ -74,17 +78,18 @@ def train_expert(
             if step % train.log_every == 0 or step == train.max_steps:
                 values = _measure(sums, norm, rate, seen, world, began)
                 if metrics:
-                    metrics.write(expert, step, values)
+                    metrics.write(step, values)
                     bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if bar is not None:
                 bar.update()
-            if step % train.checkpoint_every == 0 or step == train.max_steps:
+            stopping = stop.requested()
+            if stopping or step % train.checkpoint_every == 0 or step == train.max_steps:
                 last = save(cfg, engine, ema, {**facts, "step": step, "draws": draws}, world)
+            if stopping:
+                raise Stopped(f"stopped after step {step}; the same command goes on from {last}")
     engine.close()
     del engine, transformer, objective, predict
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(world.device)
     return last
 
 

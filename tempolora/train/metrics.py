@@ -1,31 +1,38 @@
 """What is written while training: a line of JSON per logged step, and TensorBoard events."""
 
 import json
+import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; a resumed run's lines follow, the later line of a step counts."""
+    """Appends one expert's values to `metrics.jsonl`, and to its own TensorBoard run.
 
-    def __init__(self, folder: Path, trackers: tuple[str, ...]) -> None:
+    A resumed run's lines follow those of the run before: the later line of a step counts.
+    step: the last step done before; what TensorBoard holds after it is hidden.
+    """
+
+    def __init__(self, folder: Path, expert: str, step: int, trackers: tuple[str, ...]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._expert = expert
+        self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115
+        if not _ends_a_line(self._file):
+            self._file.write(b"\n")  # a killed run's torn line must not spoil ours
         self._writer = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(folder / "tensorboard")
+            self._writer = SummaryWriter(folder / "tensorboard" / expert, purge_step=step + 1)
 
-    def write(self, expert: str, step: int, values: dict[str, Any]) -> None:
-        """One step's values; numbers also go to TensorBoard under the expert's name."""
-        line = {"expert": expert, "step": step, **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One step's values."""
+        line = {"expert": self._expert, "step": step, **values}
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         if self._writer:
             for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{expert}/{name}", value, step)
+                self._writer.add_scalar(name, value, step)
 
     def __enter__(self) -> Self:
         return self
@@ -34,3 +41,10 @@ class MetricsLog:
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

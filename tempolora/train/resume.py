@@ -1,6 +1,7 @@
 """Stopping and going on: what a run puts into a checkpoint, and which checkpoint it takes up."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from tempolora.config import Config, ConfigError
 from tempolora.files import sha256_of
+from tempolora.model.location import PART_OF
 from tempolora.model.lora import adapter_rows
+from tempolora.model.wan import fingerprint
 from tempolora.train import checkpoint
 from tempolora.train.engine import Engine, uses_deepspeed
 from tempolora.train.world import World
@@ -36,6 +39,7 @@ def run_facts(
     return {
         "expert": expert,
         "config": cfg.model_dump(mode="json"),
+        "base": fingerprint(cfg.model, PART_OF[expert]),
         "data": sha256_of(Path(cfg.data.shards) / "manifest.json"),
         "processes": world.size,
         "sharded_optimizer": engine.sharded_optimizer,
@@ -50,15 +54,17 @@ def save(
 ) -> Path:
     """Write a checkpoint, on which all processes work; the folder. state: facts, step, draws."""
     root, step = checkpoint_root(cfg, state["expert"]), state["step"]
-    folder = checkpoint.begin(root, step)
+    write = partial(checkpoint.write_tensors, root, step)
+    if world.is_main:
+        checkpoint.begin(root, step)
+    world.barrier()
     weights = engine.lora_state()
     if world.is_main:
-        checkpoint.write_tensors(folder, "lora.safetensors", weights)
+        write("lora.safetensors", weights)
         if ema is not None:
-            checkpoint.write_tensors(folder, "ema.safetensors", ema)
+            write("ema.safetensors", ema)
     if world.is_main or engine.sharded_optimizer:
-        name = f"optimizer-{world.rank:05d}.safetensors"
-        checkpoint.write_tensors(folder, name, engine.optimizer_state())
+        write(f"optimizer-{world.rank:05d}.safetensors", engine.optimizer_state())
     world.barrier()
     if world.is_main:
         checkpoint.commit(root, step, state, cfg.train.keep_checkpoints)
@@ -66,45 +72,65 @@ def save(
     return root / f"step-{step:06d}"
 
 
-def find_resume(
-    cfg: Config, expert: str, resume: str, processes: int
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint that `--resume auto | none | FOLDER` means for an expert, if any.
+def find_resume(cfg: Config, resume: str, processes: int) -> dict[str, checkpoint.Checkpoint]:
+    """The checkpoint each expert goes on from, by what `--resume auto | none | FOLDER` means.
 
-    Raises ConfigError where it does not fit this run, naming the setting.
+    A folder is one expert's; the others go on from their newest. Raises ConfigError where a
+    checkpoint does not fit this run, naming the setting.
     """
-    found = None
-    if resume == "auto":
-        found = checkpoint.latest(checkpoint_root(cfg, expert))
-    elif resume != "none":
-        found = checkpoint.open_checkpoint(Path(resume))
-        if found.state["expert"] != expert:
-            return None
-    if found is None:
-        return None
-    _refuse_other_run(cfg, found, processes)
-    log.info("%s: goes on after step %d (%s)", expert, found.state["step"], found.folder)
-    return found
+    if resume == "none":
+        return {}
+    found = {expert: checkpoint.latest(checkpoint_root(cfg, expert)) for expert in cfg.experts}
+    if resume != "auto":
+        given = checkpoint.open_checkpoint(Path(resume))
+        expert = given.state["expert"]
+        if expert not in cfg.experts:
+            raise ConfigError(
+                f"--resume: {resume} is of the {expert} expert, this run trains "
+                f"{' and '.join(cfg.experts)}"
+            )
+        found[expert] = given
+    starts = {expert: start for expert, start in found.items() if start}
+    for expert, start in starts.items():
+        _refuse_other_run(cfg, expert, start, processes)
+        log.info("%s: goes on after step %d (%s)", expert, start.state["step"], start.folder)
+    return starts
 
 
-def _refuse_other_run(cfg: Config, found: checkpoint.Checkpoint, processes: int) -> None:
-    before, now = found.state["config"], cfg.model_dump(mode="json")
+def _refuse_other_run(
+    cfg: Config, expert: str, found: checkpoint.Checkpoint, processes: int
+) -> None:
+    state = found.state
+    before, now = state["config"], cfg.model_dump(mode="json")
     for section, keys in FIXED.items():
         for key in keys:
-            if before[section][key] != now[section][key]:
-                raise ConfigError(
-                    f"{section}.{key}: the checkpoint {found.folder} has {before[section][key]!r}, "
-                    f"this config {now[section][key]!r}; choose another output.dir, or "
-                    "--resume none to start over"
-                )
-    if found.state["sharded_optimizer"] != uses_deepspeed(cfg):
+            _refuse_unless_equal(found, f"{section}.{key}", before[section][key], now[section][key])
+    rows = adapter_rows(cfg.lora, cfg.timebase, state["head_dim"])
+    _refuse_unless_equal(found, "data.num_frames, whose lora.time_rows", state["rows"], rows)
+    base = fingerprint(cfg.model, PART_OF[expert])
+    _refuse_unless_equal(found, "model: a base of fingerprint", state["base"], base)
+    if state["sharded_optimizer"] != uses_deepspeed(cfg):
         raise ConfigError(
             f"parallel.engine: the checkpoint {found.folder} was "
-            f"{'' if found.state['sharded_optimizer'] else 'not '}written by deepspeed, whose "
+            f"{'' if state['sharded_optimizer'] else 'not '}written by deepspeed, whose "
             "optimizer state is its own; go on with the same engine"
         )
-    if found.state["sharded_optimizer"] and found.state["processes"] != processes:
+    if state["sharded_optimizer"] and state["processes"] != processes:
         raise ConfigError(
-            f"--resume: {found.folder} holds DeepSpeed state of {found.state['processes']} "
+            f"--resume: {found.folder} holds DeepSpeed state of {state['processes']} "
             f"processes, {processes} were started; start as many as before"
+        )
+    if state["data"] != sha256_of(Path(cfg.data.shards) / "manifest.json"):
+        log.warning(
+            "%s: the shards have changed since %s: samples come in another order from here on",
+            expert,
+            found.folder,
+        )
+
+
+def _refuse_unless_equal(found: checkpoint.Checkpoint, key: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise ConfigError(
+            f"{key}: the checkpoint {found.folder} has {before!r}, this config {now!r}; "
+            "choose another output.dir, or --resume none to start over"
         )

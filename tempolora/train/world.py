@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tempolora.config import ConfigError
+from tempolora.launched import place
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +44,6 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
-
-
-def launched_by_deepspeed() -> bool:
-    """Whether the deepspeed launcher started this process: only it sets these names."""
-    return "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ
-
-
-def place() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this host) from torchrun, deepspeed or srun."""
-
-    def first(*names: str) -> int | None:
-        return next((int(os.environ[name]) for name in names if name in os.environ), None)
-
-    rank, size = first("RANK", "SLURM_PROCID"), first("WORLD_SIZE", "SLURM_NTASKS")
-    if rank is None or size is None:
-        return 0, 1, 0
-    return rank, size, first("LOCAL_RANK", "SLURM_LOCALID") or 0
 
 
 def pick_device(local_rank: int) -> torch.device:
