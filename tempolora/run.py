@@ -16,7 +16,8 @@ from tempolora.launched import place
 from tempolora.model import wan
 from tempolora.model.location import PART_OF, part_config
 from tempolora.model.lora import check_lora
-from tempolora.results.export import export_lora, lora_file_name
+from tempolora.results.export import export_lora
+from tempolora.results.names import lora_file_name, video_file_name
 from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
 from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
@@ -151,7 +152,7 @@ def _write_videos(cfg: Config, videos: list[dict[str, Tensor]], device: torch.de
         for number, given in enumerate(videos, start=1):
             sample_video(
                 cfg,
-                out / f"sample_{name}_lora{f'_{number}' if number > 1 else ''}.mp4",
+                out / video_file_name(name, number),
                 **given,
                 loras=loras,
                 seed=cfg.output.sample_seed,

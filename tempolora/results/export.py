@@ -19,7 +19,6 @@ from tempolora.config import ConfigError, LoraConfig
 from tempolora.files import replacing
 from tempolora.model import wan
 from tempolora.model.lora import standard_lora
-from tempolora.results.names import lora_file_name  # noqa: F401 - run.py takes it from here
 
 logger = logging.getLogger(__name__)
 
