@@ -1,7 +1,6 @@
 """The caption list names every mistake, and no file can take the run with it."""
 
 import json
-import os
 from fractions import Fraction
 
 import numpy as np
@@ -223,7 +222,8 @@ def test_damaged_streams_and_other_files_are_rejected(tmp_path):
     drawn(tmp_path / "a.mp4", 16, 2)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     start = data.index(b"mdat") + 1200
-    data[start : start + 600] = os.urandom(600)
+    # Fixed noise: by luck a decoder can take noise for a picture, in about one file of six.
+    data[start : start + 600] = np.random.default_rng(0).bytes(600)
     (tmp_path / "torn.mp4").write_bytes(data)
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(ClipRejected, match=r"torn\.mp4: .*damaged"):

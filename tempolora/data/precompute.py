@@ -279,6 +279,7 @@ def _samples_of(
                 "inbetween_frames": window.inbetween,
                 "nearest_fallback_frames": window.nearest_fallback,
                 "decoder": decoded.decoder,
+                "decoder_note": decoded.decoder_note,
                 "rotation": decoded.rotation,
                 "sound": sounding,
                 "no_sound_because": decoded.no_audio or (None if sounding else "it is silent"),
