@@ -69,6 +69,12 @@ def test_a_mistake_is_one_sentence_naming_the_key(override, sentence):
 
 
 def test_a_setting_without_meaning_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.max_windows: has no meaning"):
+        load_config(None, ["data.max_windows=2"])
+    with pytest.raises(ConfigError, match=r"parallel\.zero_stage: has no meaning"):
+        load_config(None, ["parallel.engine=fsdp", "parallel.zero_stage=2"])
+    with pytest.raises(ConfigError, match=r"gradient_clipping is derived here; set train\.max"):
+        load_config(None, ['parallel.deepspeed={"gradient_clipping": 2}'])
     with pytest.raises(ConfigError, match=r"lora\.time_rows: has no meaning"):
         load_config(None, ["lora.target=qk", "lora.time_rows=16"])
     with pytest.raises(ConfigError, match=r"model\.expert: ti2v_5b has one transformer"):
