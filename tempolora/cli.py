@@ -23,7 +23,7 @@ TOY_WAIT_S = 600
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     options = _parser().parse_args(arguments)
-    _set_up_logging()
+    _set_up_logging(all_ranks=options.run is _precompute)
     try:
         options.run(options)
     except ConfigError as error:
@@ -87,11 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _set_up_logging() -> None:
+def _set_up_logging(all_ranks: bool) -> None:
+    """Lines on stderr with the rank in front; where all processes say the same, only rank 0 does."""
     rank, size, _ = place()
     prefix = f"[{rank}/{size}] " if size > 1 else ""
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
-    logging.getLogger("tempolora").setLevel(logging.INFO)
+    if rank == 0 or all_ranks:
+        logging.getLogger("tempolora").setLevel(logging.INFO)
 
 
 def default_config() -> Path:
