@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _set_up_logging(all_ranks: bool) -> None:
-    """Lines on stderr with the rank in front; where all processes say the same, only rank 0 does."""
+    """Lines on stderr, with the rank in front. Training says the same on every rank: one speaks."""
     rank, size, _ = place()
     prefix = f"[{rank}/{size}] " if size > 1 else ""
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
