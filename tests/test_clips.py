@@ -255,6 +255,14 @@ def test_a_worker_that_crashes_fails_or_hangs_rejects_only_its_clip(
         read_clip(tmp_path / "a.mp4", SPEC, tmp_path / "w", 1 if "sleep" in does else TIMEOUT_S)
 
 
+def test_a_playlist_is_no_video_whatever_its_name(tmp_path):
+    frames = draw_clip(Motion("square", 1.0, 0.0, 6.0), fps=16, num_frames=12, height=32, width=48)
+    write_mp4(tmp_path / "real.mp4", frames, 16)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile real.mp4\n")
+    with pytest.raises(ClipRejected, match="playlist"):
+        read_clip(tmp_path / "list.mp4", SPEC, tmp_path / "work", TIMEOUT_S)
+
+
 def test_a_rotation_flag_is_applied_exactly_once(tmp_path):
     """Against a reference turned by numpy; the flag is the matrix of ISO/IEC 14496-12 8.3.2."""
     frames = drawn(tmp_path / "a.mp4", 16, 1, height=32, width=64)

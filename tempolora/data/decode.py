@@ -6,7 +6,6 @@ a decoder. A JSON request on stdin, an answer in `clip.json`, frames in .npy fil
 PyAV where decord is not installed or misreads the file.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from tempolora.data import resample
 from tempolora.data.clips import ClipRejected, WindowSpec
+from tempolora.files import sha256_of
 
 try:
     import decord
@@ -30,6 +30,7 @@ except ImportError:  # its wheels cover few platforms; PyAV reads the frames els
 
 AUDIO_RATE_HZ = 22_050  # librosa's own rate, which its onset settings are tuned for
 MAX_THREADS = 2
+PLAYLISTS = {"concat", "dash", "hls", "imf"}  # would read files outside the folder
 STRIDE = 4  # Wan's clips have 4 k + 1 frames
 SAME_TIME_S = 0.002  # decord and PyAV agree on a timestamp
 SAME_PICTURE = 6.0  # ... and on a picture: mean difference in levels, for colour rounding
@@ -112,6 +113,8 @@ def read_stream(path: Path) -> Stream:
     """Demux `path`; decode nothing but its first frame, for the rotation."""
     try:
         with av.open(path) as container:
+            if container.format.name in PLAYLISTS:
+                raise ClipRejected("it is a playlist that names other files, not a video")
             if not container.streams.video:
                 raise ClipRejected("it has no video stream")
             video = container.streams.video[0]
@@ -308,11 +311,6 @@ def save_audio(path: Path, first_frame_s: float, target: Path) -> dict:
         "audio_start_s": float(start_s) - first_frame_s,
         "no_audio": None,
     }
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

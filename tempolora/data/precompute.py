@@ -129,13 +129,14 @@ def _finished_clips(folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> 
     return finished
 
 
-def _identity(clip: Clip) -> dict[str, Any]:
+def _identity(clip: Clip, digest: str) -> dict[str, Any]:
+    """What tells whether a clip is still the one that was read; digest: SHA-256 of its bytes."""
     stat = clip.path.stat()
     return {
         "caption": clip.caption,
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "sha256": sha256_of(clip.path),
+        "sha256": digest,
     }
 
 
@@ -184,11 +185,12 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
             log.warning("%s; the next run tries it again", decoded)
             index.failed[clip.file] = str(decoded)
             continue
-        index.clips[clip.file] = _identity(clip)
         if isinstance(decoded, ClipRejected):
+            index.clips[clip.file] = _identity(clip, sha256_of(clip.path))
             log.warning("rejected: %s", decoded)
             index.rejected[clip.file] = str(decoded)
         else:
+            index.clips[clip.file] = _identity(clip, decoded.sha256)
             if decoded.left_out:
                 index.left_out[clip.file] = decoded.left_out
             for window in decoded.windows:
