@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,24 @@ def test_a_plain_run_resumes_bit_for_bit_with_accumulation_and_a_moving_average(
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
+LONG = ("train.gradient_accumulation=2", "train.max_steps=24")
+
+
+@pytest.fixture(scope="module")
+def long_reference(toy_shards, tmp_path_factory):
+    """A run long enough to be caught in the middle."""
+    out = tmp_path_factory.mktemp("long") / "out"
+    assert main(["train", *settings(toy_shards, out, *LONG)]) == 0
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint_that_loses_nothing(
-    number, reference, toy_shards, tmp_path
+    number, long_reference, toy_shards, tmp_path
 ):
     out = tmp_path / "out"
-    sets = settings(toy_shards, out, "train.gradient_accumulation=2", "train.max_steps=4")
+    sets = settings(toy_shards, out, *LONG)
     script = [str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "toy.json")]
     run = subprocess.Popen(
         [sys.executable, *script, *sets, *overrides("train.checkpoint_every=100")],
@@ -132,15 +144,16 @@ def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint_that_loses_nothing
     )
     while not (out / "metrics.jsonl").exists() or not losses(out):
         assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
     run.send_signal(getattr(signal, number))
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == 0, stderr
     assert f"{number}: stopping after this step" in stderr
     stopped_at = len(losses(out))
-    assert stopped_at < 4
-    assert (out / "checkpoints" / "high" / f"step-00000{stopped_at}" / "manifest.json").is_file()
+    assert stopped_at < 24
+    assert (out / "checkpoints" / "high" / f"step-{stopped_at:06d}" / "manifest.json").is_file()
     assert main(["train", *sets]) == 0
-    assert losses(out) == losses(reference)
+    assert losses(out) == losses(long_reference)
 
 
 def test_the_moving_average_is_what_gets_exported(toy_shards, tmp_path):
