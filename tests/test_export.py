@@ -109,7 +109,7 @@ def test_both_experts_files_load_in_the_diffusers_pipeline(bases, tmp_path, targ
     assert_output(pipe.transformer_2, expected["low"], bases["low"])
 
 
-# --- ComfyUI, from FACTS 3: its model's weights carry the names of the original Wan code ----------
+# --- ComfyUI: its model carries the names of the original Wan code (comfy/lora.py, key map) -------
 
 ORIGINAL = {
     "self_attn.q": "attn1.to_q",

@@ -81,7 +81,7 @@ def scaling(lora: LoraConfig) -> float:
 def target_modules(lora: LoraConfig, num_blocks: int) -> list[str]:
     """Full names of the linear layers to adapt, block by block.
 
-    Only layers that every consumer of Wan LoRA files can load (FACTS 3). Raises ConfigError where
+    Only layers that every consumer of Wan LoRA files can load. Raises ConfigError where
     lora.blocks reaches past the model.
     """
     first, end = lora.blocks or (0, num_blocks)

@@ -2,7 +2,7 @@
 
 A file holds one transformer's adapters under ComfyUI's names, at scale 1 (alpha / rank is folded
 into B, so nothing hangs on an `.alpha`), and its header says what it was trained from. Diffusers
-converts the same names; both were read in their code (FACTS 3).
+converts the same names (`comfy/lora.py`; diffusers `loaders/lora_conversion_utils.py`).
 """
 
 import json

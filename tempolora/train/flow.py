@@ -2,7 +2,7 @@
 
     x_t = (1 - sigma) * x0 + sigma * noise        v = noise - x0        x0_hat = x_t - sigma * v_hat
 
-Formulas as in the official code and its trainers (FACTS: diffusion-pipe `models/wan/wan.py`,
+Formulas as in the official code and its trainers (diffusion-pipe `models/wan/wan.py`,
 musubi-tuner `wan_train_network.py`).
 """
 
