@@ -46,7 +46,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
     # The VAE tells models apart; training has no other need of the text encoder's files.
     vae = {"vae": wan.fingerprint(cfg.model, "vae")}
     reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, vae))
-    videos = list(_video_inputs(cfg, reader))
+    videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
     starts = find_resume(cfg, resume, processes)
     world = join_world(uses_deepspeed(cfg))
     if world.is_main:

@@ -1,10 +1,13 @@
 """What the tests share: one cache folder and one TinyWan per variant for the whole session."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 # Before torch loads, and for every process a test starts: TinyWan's tensors are too small to share,
 # and threads that spin while they wait for a busy core cost ten times the work itself.
@@ -27,6 +30,19 @@ def tinywan(tempolora_cache: Path) -> Callable[[str], Path]:
     from tempolora.model.tinywan import tinywan_folder  # imports diffusers: only where it is used
 
     return tinywan_folder
+
+
+def held_by_git() -> list[str]:
+    """The files that git holds or would take, by their names in the checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 SMALL = (

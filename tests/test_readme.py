@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import pytest
+from conftest import held_by_git
 from pydantic import BaseModel
 
 from tempolora.config import Config, load_config
@@ -110,18 +109,6 @@ def tree() -> list[str]:
         if name.endswith("/"):
             folders.append(name)
     return paths
-
-
-def held_by_git() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def test_everything_in_the_file_tree_exists():

@@ -96,6 +96,11 @@ def test_a_torn_line_of_a_killed_run_does_not_spoil_the_next(tmp_path):
     assert json.loads(lines[-1]) == {"expert": "high", "step": 2, "loss": 0.5}
 
 
+def test_prompts_are_not_asked_for_where_no_video_is_made(toy_shards, out):
+    """The shards hold no embedding of this prompt, and with output.sample_steps 0 need none."""
+    assert cli.main(["train", *settings(toy_shards, out, 'output.prompts=["a cat"]')]) == 0
+
+
 @pytest.mark.parametrize(("engine", "processes"), [("plain", 2), ("fsdp", 1), ("ddp", 1)])
 def test_an_engine_that_does_not_go_with_the_number_of_processes_is_refused(engine, processes):
     cfg = load_config(None, [f"parallel.engine={engine}"])

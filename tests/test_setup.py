@@ -9,6 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from conftest import held_by_git
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -36,17 +37,7 @@ def declared(*extras):
 
 
 def tracked_files():
-    """What git holds or would take; the tree itself where there is no git."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    return [path for path in paths if path.is_file()]
+    return [ROOT / name for name in held_by_git()]
 
 
 @pytest.mark.parametrize("requirement", declared("test"), ids=lambda r: r.name)

@@ -120,7 +120,8 @@ def _finished_clips(folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> 
         if not index.clips:  # nothing but clips whose decoder failed
             stale = list(index.failed)
         if stale:
-            log.info("%s: %s changed or left the list; made again", name, ", ".join(stale))
+            why = "changed or left the list" if index.clips else "could not be decoded"
+            log.info("%s is made again: %s %s", name, ", ".join(stale), why)
             (folder / MANIFEST).unlink(missing_ok=True)
             index_path(folder / name).unlink(missing_ok=True)
             (folder / name).unlink(missing_ok=True)
