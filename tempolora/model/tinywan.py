@@ -2,12 +2,12 @@
 
 It is the published architecture with smaller numbers, so every path that loads, trains or samples
 Wan runs on it unchanged. Heads keep their 128 channels: temporal rows are those of the real model.
-The weights are drawn from a fixed seed, so a folder built anywhere is the same.
+The VAE is a trained one, shipped beside this module; the other weights are drawn from a fixed
+seed, so a folder built anywhere is the same.
 """
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from tempolora.files import cache_folder
 from tempolora.model import wan
 from tempolora.model.architectures import TEXT_ENCODER, TRANSFORMER, VAE
 from tempolora.variants import TEXT_TOKENS, VARIANTS
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it with every change of what the folder holds
+VERSION = 3  # raise it with every change of what the folder holds
 SEED = 20_220_728
 TEXT_WIDTH = 32
+WEIGHTS = Path(__file__).parent / "weights"
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 _SMALL_TRANSFORMER = {
@@ -33,7 +36,10 @@ _SMALL_TRANSFORMER = {
     "ffn_dim": 256,
     "text_dim": TEXT_WIDTH,
 }
-_SMALL_VAE = {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1}
+_SMALL_VAE = {  # by spatial stride
+    8: {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1},
+    16: {"base_dim": 16, "decoder_base_dim": 16, "num_res_blocks": 1, "dim_mult": [1, 1, 2, 2]},
+}
 _SMALL_TEXT_ENCODER = {
     "d_model": TEXT_WIDTH,
     "d_kv": 16,
@@ -49,7 +55,7 @@ def tinywan_folder(variant_name: str) -> Path:
     It lies under $TEMPOLORA_CACHE (default ~/.cache/tempolora). Processes may race: each builds
     aside, the first rename wins, and nobody sees half a folder.
     """
-    cache = Path(os.environ.get("TEMPOLORA_CACHE") or "~/.cache/tempolora").expanduser()
+    cache = cache_folder()
     folder = cache / f"tinywan-{variant_name}-v{VERSION}"
     if folder.is_dir():
         return folder
@@ -77,7 +83,7 @@ def build_tinywan(variant_name: str, folder: Path) -> None:
         text_encoder = wan.new_text_encoder(
             TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(tokenizer)}
         )
-        vae = _vae(variant_name)
+        vae = read_vae(vae_file(variant_name))
         parts = {
             name: wan.new_transformer(TRANSFORMER[variant_name] | _SMALL_TRANSFORMER)
             for name in transformers
@@ -90,38 +96,29 @@ def build_tinywan(variant_name: str, folder: Path) -> None:
     _write_json(folder / "model_index.json", _model_index(variant_name, type(tokenizer).__name__))
 
 
-def _vae(variant_name: str) -> torch.nn.Module:
-    """A VAE with random weights whose latents of drawn content have zero mean and unit variance."""
-    architecture = VAE[variant_name] | _SMALL_VAE
-    vae = wan.new_vae(architecture).eval()
-    channels = architecture["z_dim"]
-    raw = architecture | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-    vae.register_to_config(**raw)
-    latents_BCTHW = wan.encode_video(vae, _calibration_clip_BFHW3())
-    std_C, mean_C = torch.std_mean(latents_BCTHW, dim=(0, 2, 3, 4))
-    # Four digits, as published: what is left does not depend on the order of sums.
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in mean_C.tolist()],
-        latents_std=[round(value, 4) for value in std_C.tolist()],
-    )
-    return vae
+def vae_architecture(variant_name: str) -> dict[str, Any]:
+    """What TinyWan's VAE of this variant is built from, its latents not yet scaled."""
+    return VAE[variant_name] | _SMALL_VAE[VARIANTS[variant_name].spatial_stride]
 
 
-def _calibration_clip_BFHW3() -> torch.Tensor:
-    """Four clips of a square that slides over a colour gradient: uint8 (4, 5, 64, 64, 3)."""
-    generator = torch.Generator().manual_seed(SEED)
-    frames, size = 5, 64
-    y, x = torch.meshgrid(*[torch.linspace(-0.5, 0.5, size)] * 2, indexing="ij")
-    clips = []
-    for _ in range(4):
-        slope_x, slope_y, tint = torch.rand(3, 3, generator=generator)
-        ground = 0.3 + 0.4 * (x[..., None] * slope_x + y[..., None] * slope_y + tint.roll(1))
-        clip = ground.repeat(frames, 1, 1, 1)
-        for frame in range(frames):
-            left = 20 + round(16 * math.sin(1.2 * frame))
-            clip[frame, 20:44, left : left + 24] = tint
-        clips.append(clip + 0.02 * torch.randn(clip.shape, generator=generator))
-    return (torch.stack(clips).clamp(0, 1) * 255).round().to(torch.uint8)
+def vae_file(variant_name: str) -> Path:
+    """The shipped weights: one file for each spatial stride."""
+    return WEIGHTS / f"vae_{VARIANTS[variant_name].spatial_stride}x.safetensors"
+
+
+def read_vae(path: Path) -> torch.nn.Module:
+    """The frozen fp32 VAE of a file that `python -m tempolora.toy_pretrain vae` wrote."""
+    with safe_open(path, "pt") as file:
+        architecture = json.loads(file.metadata()["architecture"])
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    vae = wan.new_vae(architecture)
+    vae.load_state_dict(state)
+    return vae.requires_grad_(False).eval()
+
+
+def plain_config(vae: torch.nn.Module) -> dict[str, Any]:
+    """The VAE's configuration as `read_vae` wants it: without the keys that diffusers adds."""
+    return {key: vae.config[key] for key in VAE["t2v_a14b"]}
 
 
 def _tokenizer() -> Any:
