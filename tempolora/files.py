@@ -12,6 +12,11 @@ from typing import Any
 CHUNK = 1 << 20
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $TEMPOLORA_CACHE or ~/.cache/tempolora."""
+    return Path(os.environ.get("TEMPOLORA_CACHE") or "~/.cache/tempolora").expanduser()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path` atomically.

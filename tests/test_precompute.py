@@ -1,42 +1,61 @@
 """Clips become shards once, by any number of processes, and a run that was cut short goes on.
 
-The encoders are TinyWan's own; where a test asks what was encoded again, they are counted.
+The encoders are TinyWan's own; where a test asks what was encoded or decoded again, they count.
 """
 
 import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from scipy.signal import detrend
 
 from tempolora.cli import default_config
 from tempolora.config import ConfigError, load_config
+from tempolora.data import fit_readout
 from tempolora.data.clips import WindowSpec, read_clip
-from tempolora.data.precompute import precompute, sample_key
-from tempolora.data.shards import PROMPTS, ShardReader, load_prompt, read_manifest, verify_shards
+from tempolora.data.precompute import precompute
+from tempolora.data.readout import BANK, READOUT, load_bank, load_readout, read_checked
+from tempolora.data.shards import (
+    PROMPTS,
+    ShardReader,
+    load_prompt,
+    read_manifest,
+    sample_key,
+    verify_shards,
+)
 from tempolora.data.toy import Motion, draw_clip
 from tempolora.data.video import write_mp4
 from tempolora.model import wan
 from tempolora.model.encoders import WanEncoders
+from tempolora.rhythm.tempo import LUMA
 from tempolora.variants import NEGATIVE_PROMPT
 
 CPU = torch.device("cpu")
 
 
 class CountingEncoders(WanEncoders):
-    """TinyWan's encoders, which count the windows they encode and can be made to die."""
+    """TinyWan's encoders, which count what they encode and decode and can be made to die."""
 
-    def __init__(self, cfg, die_after=None):
+    def __init__(self, cfg, die_after=None, die_after_decoding=None):
         super().__init__(cfg, CPU)
         self.windows, self.die_after = 0, die_after
+        self.decoded, self.die_after_decoding = 0, die_after_decoding
 
     def encode_frames(self, frames_FHW3):
         if self.windows == self.die_after:
             raise KeyboardInterrupt
         self.windows += 1
         return super().encode_frames(frames_FHW3)
+
+    def decode_frames(self, latents_CTHW):
+        if self.decoded == self.die_after_decoding:
+            raise KeyboardInterrupt
+        self.decoded += 1
+        return super().decode_frames(latents_CTHW)
 
 
 @pytest.fixture
@@ -46,7 +65,9 @@ def data(toy_data, tmp_path):
 
 
 @pytest.fixture
-def config(data, tmp_path):
+def config(data, tmp_path, toy_shards):
+    """A config over `data`; toy_shards has left the readout of TinyWan's VAE in the cache."""
+
     def make(*more):
         paths = (f"data.source={data}", f"data.shards={tmp_path / 'shards'}")
         return load_config(default_config(), [*SMALL, "data.samples_per_shard=2", *paths, *more])
@@ -57,6 +78,16 @@ def config(data, tmp_path):
 def run(cfg, rank=0, world=1, die_after=None):
     encoders = CountingEncoders(cfg, die_after)
     return precompute(cfg, encoders, rank, world), encoders.windows
+
+
+@pytest.fixture
+def no_readout_yet(tinywan, tmp_path, monkeypatch):
+    """A cache that holds TinyWan and no readout."""
+    cache, folder = tmp_path / "cache", tinywan("t2v_a14b")
+    cache.mkdir()
+    (cache / folder.name).symlink_to(folder)
+    monkeypatch.setenv("TEMPOLORA_CACHE", str(cache))
+    return cache
 
 
 def samples(folder):
@@ -123,9 +154,11 @@ def test_a_run_that_was_cut_short_goes_on_where_it_was(config, tmp_path):
     assert not list(folder.glob(".*")), "scratch files are left behind"
 
 
-def test_a_second_run_does_nothing(config):
+def test_a_second_run_does_nothing(config, tmp_path):
     assert run(config()) == (True, 6)
+    before = (tmp_path / "shards" / BANK).stat().st_mtime_ns
     assert run(config()) == (True, 0)
+    assert (tmp_path / "shards" / BANK).stat().st_mtime_ns == before
 
 
 def test_a_changed_caption_is_made_again_with_its_shard_and_no_other(config, data, tmp_path):
@@ -144,6 +177,7 @@ def test_a_clip_that_leaves_the_list_leaves_the_shards(config, data, tmp_path):
     listing.write_text("\n".join(listing.read_text().splitlines()[1:]))
     assert run(config()) == (True, 1)
     assert len(samples(tmp_path / "shards")) == 5
+    assert len(load_bank(tmp_path / "shards")[1]) == 5
 
 
 def test_a_copied_data_set_with_new_times_is_not_made_again(config, data):
@@ -201,7 +235,7 @@ def test_damaged_prompts_are_noticed(config, tmp_path):
 
 def test_image_to_video_stores_its_condition(config, tmp_path):
     cfg = config("model.variant=i2v_a14b")
-    assert run(cfg) == (True, 6)
+    assert run(cfg)[0]
     sample = next(iter(samples(tmp_path / "shards").values()))
     assert sample.latents["condition"].shape == cfg.latent_shape
 
@@ -215,5 +249,131 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_encoded(config
 def test_the_manifest_and_the_prompts_are_plain_json_and_safetensors(toy_shards):
     assert json.loads((toy_shards / "manifest.json").read_text())["samples"] == 6
     kinds = {"".join(path.suffixes[-2:]) for path in toy_shards.iterdir()}
-    assert kinds == {".tar", ".tar.json", ".json", ".safetensors"}
+    assert kinds == {".tar", ".tar.json", ".json", ".safetensors", ".png"}
     assert (toy_shards / PROMPTS).is_file()
+
+
+# --- The readout ----------------------------------------------------------------------------------
+
+
+def reconstruction(cfg, latents_CTHW):
+    """Luminance of what the VAE makes of latents, as a player shows it: (S, H, W)."""
+    frames_FHW3 = wan.decode_video(wan.load_vae(cfg.model, CPU), latents_CTHW[None])[0]
+    luma = frames_FHW3.numpy()[1:] / 255 @ np.array(LUMA)
+    return luma.reshape(len(luma), luma.shape[1] // 8, 8, luma.shape[2] // 8, 8).mean((2, 4))
+
+
+def test_the_readout_reads_what_the_vae_makes_of_the_latents(toy_shards):
+    cfg = load_config(default_config(), [*SMALL])
+    readout = load_readout(toy_shards)
+    read, true = [], []
+    for sample in list(samples(toy_shards).values())[:3]:
+        latents = sample.latents["latents"]
+        read.append(readout.luminance(latents[None])[0].numpy())
+        true.append(reconstruction(cfg, latents))
+    read, true = np.stack(read), np.stack(true)
+    assert read.shape == (3, 16, 8, 8)
+    assert ((read - true) ** 2).mean() < 0.1 * true.var()
+    # from frame to frame as well, where brightness alone explains nothing
+    assert np.corrcoef(np.diff(read, axis=1).ravel(), np.diff(true, axis=1).ravel())[0, 1] > 0.8
+    facts = read_checked(toy_shards / READOUT)[1]
+    assert (facts["clips"], facts["drawn"]) == (6, 10)
+    assert facts["vae"] == wan.fingerprint(cfg.model, "vae")
+
+
+def test_the_bank_holds_the_spectra_of_the_shards(toy_shards):
+    power_NF, motion_N = load_bank(toy_shards)
+    readout, found = load_readout(toy_shards), samples(toy_shards)
+    assert (power_NF.shape, motion_N.shape) == ((6, 9), (6,))
+    for sample, power_F, moved in zip(found.values(), power_NF, motion_N, strict=True):
+        luma_SHW = readout.luminance(sample.latents["latents"][None])[0].double().numpy()
+        window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(16) / 16))[:, None, None]
+        spectrum = np.fft.rfft(detrend(luma_SHW, axis=0) * window, axis=0)
+        assert np.allclose(power_F, (np.abs(spectrum) ** 2).mean((1, 2)), rtol=1e-3, atol=1e-9)
+        assert np.isclose(moved, (np.diff(luma_SHW, axis=0) ** 2).mean(), rtol=1e-3)
+
+
+def made(folder):
+    """What the rhythm terms read, byte for byte."""
+    return [(folder / name).read_bytes() for name in (READOUT, BANK)]
+
+
+@pytest.fixture
+def encoded(toy_shards, tmp_path):
+    """The shards as they are before the readout: made by one process, without a manifest."""
+    folder = shutil.copytree(toy_shards, tmp_path / "shards")
+    for name in (READOUT, BANK, "readout.png", "manifest.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_killed_and_parallel_processes_fit_the_readout_that_one_fits(
+    config, toy_shards, encoded, no_readout_yet, caplog
+):
+    cfg, whole = config(), made(toy_shards)
+    vae = read_checked(toy_shards / READOUT)[1]["vae"]
+    cached = no_readout_yet / f"readout-{vae[:16]}-17-v1.safetensors"
+    cached.write_bytes(whole[0][:-1])
+    killed = CountingEncoders(cfg, die_after_decoding=2)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(cfg, killed, rank=1, world=2)
+    parts = sorted((encoded / ".readout").glob("*.safetensors"))
+    assert len(parts) == 2
+    parts[0].write_bytes(parts[0].read_bytes()[:-5])
+    first, second = CountingEncoders(cfg), CountingEncoders(cfg)
+    assert not precompute(cfg, first, rank=1, world=2)
+    assert (first.windows, first.decoded) == (0, 2)  # the torn one and the third of its three
+    assert not (encoded / READOUT).exists()
+    with caplog.at_level(logging.INFO):
+        assert precompute(cfg, second, rank=0, world=2)
+    assert (second.windows, second.decoded) == (10, 13)  # three, and ten that are drawn
+    assert made(encoded) == whole
+    assert cached.read_bytes() == whole[0]
+    assert f"{cached}: damaged" in caplog.text
+    assert "fitted on 6 clips of a data set and 10 drawn ones" in caplog.text
+    assert not (encoded / ".readout").exists()
+    assert verify_shards(encoded) == 6
+
+
+def test_shards_without_a_readout_take_it_from_the_cache(config, toy_shards, encoded):
+    with pytest.raises(ConfigError, match="is not there; run `tempolora precompute` again"):
+        load_readout(encoded)
+    encoders = CountingEncoders(config())
+    assert precompute(config(), encoders)
+    assert (encoders.windows, encoders.decoded) == (0, 0)
+    assert made(encoded) == made(toy_shards)
+    assert (encoded / "readout.png").stat().st_size > 1000
+    assert verify_shards(encoded) == 6
+
+
+def test_a_readout_that_is_missing_or_damaged_is_noticed_and_made_again(
+    config, toy_shards, encoded, caplog
+):
+    assert run(config()) == (True, 0)
+    for name in (READOUT, BANK):
+        content = bytearray((encoded / name).read_bytes())
+        content[-3] ^= 4
+        (encoded / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}: not what was written"):
+            verify_shards(encoded)
+        with pytest.raises(ConfigError, match=f"{name}: damaged"):
+            load_readout(encoded), load_bank(encoded)
+        assert run(config()) == (True, 0)
+        assert f"{encoded / name}: damaged" in caplog.text
+        assert made(encoded) == made(toy_shards)
+    (encoded / READOUT).unlink()
+    with pytest.raises(ConfigError, match=f"{READOUT}: not what was written"):
+        verify_shards(encoded)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    config, encoded, no_readout_yet, monkeypatch, caplog
+):
+    monkeypatch.setattr(fit_readout, "FEWEST_CLIPS", 0)  # as with a data set of enough clips
+    (no_readout_yet / "file").write_text("not a folder")
+    cfg = config(f"model.id={next(no_readout_yet.glob('tinywan-*'))}")
+    monkeypatch.setenv("TEMPOLORA_CACHE", str(no_readout_yet / "file" / "cache"))
+    assert run(cfg) == (True, 0)
+    assert "cannot be kept there" in caplog.text
+    assert read_checked(encoded / READOUT)[1]["drawn"] == 0
+    assert verify_shards(encoded) == 6

@@ -121,7 +121,7 @@ def test_a_folder_without_a_manifest_is_unfinished(folder):
     [
         ("data.num_frames=17", "data.num_frames: the shards"),
         ("data.height=288", "data.height"),
-        ("data.fps=12", "data.fps"),
+        ("data.fps=24", "data.fps"),
         ("data.windows=all", "data.windows"),
         ("data.resample=nearest", "data.resample"),
     ],

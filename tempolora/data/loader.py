@@ -5,7 +5,7 @@ takes draw n follows from the step and the number of processes, so that a resume
 the very next sample, and a run on more processes sees the same samples in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from tempolora.data.shards import Sample, ShardReader
 
 
 def sample_of_draw(draw: int, num_samples: int, seed: int) -> int:
-    """Which sample (its position in key order) draw n takes; each epoch visits all of them."""
+    """Which of the samples (in key order) draw n takes; each epoch visits all of them."""
     epoch, position = divmod(draw, num_samples)
     return int(_order(num_samples, seed, epoch)[position])
 
@@ -28,12 +28,13 @@ def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _Draws(Dataset):
-    def __init__(self, reader: ShardReader, seed: int) -> None:
-        self._reader, self._seed = reader, seed
+    def __init__(self, reader: ShardReader, positions: Sequence[int], seed: int) -> None:
+        self._reader, self._positions, self._seed = reader, positions, seed
 
     def __getitem__(self, draw: int) -> tuple[int, Sample] | ConfigError:
         try:
-            return draw, self._reader.read(sample_of_draw(draw, len(self._reader), self._seed))
+            chosen = sample_of_draw(draw, len(self._positions), self._seed)
+            return draw, self._reader.read(self._positions[chosen])
         except ConfigError as error:
             return error  # raised in a loader process, it would arrive wrapped in a traceback
 
@@ -42,6 +43,7 @@ def batches(
     reader: ShardReader,
     collate: Callable[[list[tuple[int, Sample]]], Any],
     *,
+    positions: Sequence[int],
     seed: int,
     batch_size: int,
     first_draw: int,
@@ -52,12 +54,12 @@ def batches(
 ) -> Iterator[Any]:
     """What `collate` makes of each microstep's (draw, sample) pairs, read ahead by `workers`.
 
-    first_draw: draws that the run has used up, on all processes together. Raises ConfigError for
-    a damaged sample.
+    positions: of the samples to draw from, in key order. first_draw: draws that the run has used
+    up, on all processes together. Raises ConfigError for a damaged sample.
     """
     starts = (first_draw + (step * world + rank) * batch_size for step in range(microsteps))
     loader = DataLoader(
-        _Draws(reader, seed),
+        _Draws(reader, positions, seed),
         batch_sampler=[range(start, start + batch_size) for start in starts],
         collate_fn=partial(_collate_whole, collate),
         num_workers=workers,

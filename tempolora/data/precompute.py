@@ -2,17 +2,15 @@
 
 Any number of processes share the work, clip by clip, without talking to each other: each takes
 every `world`-th clip, skips what finished shards already hold, and whoever finds everything done
-writes the manifest. A run that was killed is started again and goes on.
+fits the readout and writes the manifest. A run that was killed is started again and goes on.
 """
 
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +31,7 @@ from tempolora.data.clips import (
     list_clips,
     read_clip,
 )
+from tempolora.data.fit_readout import VaeCoder, finish_readout, write_parts
 from tempolora.data.shards import (
     MANIFEST,
     PROMPTS,
@@ -45,6 +44,7 @@ from tempolora.data.shards import (
     read_indexes,
     read_manifest,
     refuse_other_fingerprint,
+    sample_key,
     write_manifest,
     write_shard,
 )
@@ -59,17 +59,11 @@ CAPTION_BATCH = 8
 SPACED_WINDOWS = 4  # where data.max_windows is not set
 
 
-class Encoders(Protocol):
+class Encoders(VaeCoder, Protocol):
     """What precompute needs of the models; the text encoder is gone before the VAE comes."""
-
-    def fingerprints(self) -> dict[str, str]: ...
 
     def encode_texts(self, batches: Iterator[list[str]]) -> Iterator[list[Tensor]]:
         """Prompts to (L, D) embeddings, batch by batch."""
-        ...
-
-    def encode_frames(self, frames_FHW3: Tensor) -> dict[str, Tensor]:
-        """uint8 frames to {"latents": (C, T, H, W)} and, for i2v A14B, "condition" beside it."""
         ...
 
 
@@ -103,7 +97,8 @@ def precompute(cfg: Config, encoders: Encoders, rank: int = 0, world: int = 1) -
         job = _Job(cfg, folder, wanted, share, rank)
         texts = _spool_texts(job, encoders, Path(scratch))
         _write_shards(job, encoders, texts, Path(scratch))
-    return _finish(cfg, folder, clips, wanted)
+    write_parts(cfg, folder, encoders, clips, rank, world)
+    return _finish(cfg, folder, clips, encoders)
 
 
 def _finished_clips(folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> set[str]:
@@ -291,21 +286,21 @@ def _samples_of(
         )
 
 
-def sample_key(file: str, window: int) -> str:
-    """A WebDataset key: no dot, no slash, unique by the file's hash, readable by its stem."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file).stem)[:40]
-    return f"{stem}-{sha256(file.encode()).hexdigest()[:10]}-w{window:04d}"
-
-
-def _finish(cfg: Config, folder: Path, clips: list[Clip], wanted: dict[str, Any]) -> bool:
-    """Write the manifest if every clip is accounted for and the prompts are embedded."""
+def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) -> bool:
+    """Write readout and manifest if every clip is accounted for and the prompts are embedded."""
     indexes = read_indexes(folder)
     held = {file for index in indexes.values() for file in (*index.clips, *index.failed)}
     missing = [clip for clip in clips if clip.file not in held]
     if missing or not (folder / PROMPTS).is_file():
         log.info("this share is done; %d clips remain with other processes", len(missing))
         return False
-    write_manifest(folder, indexes, {"clips": len(clips)})
+    rhythm: dict[str, str] | None = {}
+    if any(index.samples for index in indexes.values()):
+        rhythm = finish_readout(cfg, folder, encoders, clips)
+    if rhythm is None:
+        log.info("this share is done; what the readout is fitted on remains with other processes")
+        return False
+    write_manifest(folder, indexes, {"clips": len(clips), "rhythm": rhythm})
     manifest = read_manifest(folder)
     log.info(
         "%s: %d samples from %d clips, %d clips rejected; %d frames made between source frames, "

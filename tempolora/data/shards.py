@@ -13,6 +13,7 @@ folder is unfinished. Nothing here is ever unpickled; members other than these f
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -154,7 +155,10 @@ def read_indexes(folder: Path) -> dict[str, ShardIndex]:
 
 
 def write_manifest(folder: Path, indexes: dict[str, ShardIndex], facts: dict[str, Any]) -> None:
-    """Declare the folder finished. facts: further entries, such as the model fingerprints."""
+    """Declare the folder finished.
+
+    facts: further entries; "rhythm" maps the files made of all shards to their SHA-256.
+    """
     first = next(iter(indexes.values()))
     shards = [
         {
@@ -206,6 +210,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def sample_key(file: str, window: int) -> str:
+    """A WebDataset key: no dot, no slash, unique by the file's hash, readable by its stem."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file).stem)[:40]
+    return f"{stem}-{sha256(file.encode()).hexdigest()[:10]}-w{window:04d}"
+
+
 class ShardReader:
     """Random access to the samples of a finished folder, in the order of their keys.
 
@@ -254,17 +264,36 @@ class ShardReader:
         )
 
     def _member(self, shard: str, place: list[Any]) -> bytes:
-        offset, size, digest = place
         path = self._folder / shard
         if shard not in self._files:
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise _damaged(path, error.strerror) from None
-        content = os.pread(self._files[shard], size, offset)
-        if sha256(content).hexdigest() != digest:
-            raise _damaged(path, f"bytes {offset} to {offset + size} are not what was written")
-        return content
+            self._files[shard] = _open(path)
+        return _read(path, self._files[shard], place)
+
+
+def read_latents(shard: Path, members: dict[str, list[Any]]) -> Tensor:
+    """The (C, T, H, W) latents of one sample by its entry in the shard's index, before a manifest
+    is there. Raises ConfigError for damage."""
+    descriptor = _open(shard)
+    try:
+        content = _read(shard, descriptor, members["latents.safetensors"])
+    finally:
+        os.close(descriptor)
+    return safetensors_from_bytes(content)["latents"]
+
+
+def _open(shard: Path) -> int:
+    try:
+        return os.open(shard, os.O_RDONLY)
+    except OSError as error:
+        raise _damaged(shard, error.strerror) from None
+
+
+def _read(shard: Path, descriptor: int, place: list[Any]) -> bytes:
+    offset, size, digest = place
+    content = os.pread(descriptor, size, offset)
+    if sha256(content).hexdigest() != digest:
+        raise _damaged(shard, f"bytes {offset} to {offset + size} are not what was written")
+    return content
 
 
 def _damaged(path: Path, what: str) -> ConfigError:
@@ -315,9 +344,11 @@ def verify_shards(folder: Path) -> int:
             raise _damaged(path, "differs from what was written")
         if sha256_of(index_path(path)) != shard["index_sha256"]:
             raise _damaged(index_path(path), "does not fit the manifest")
-    prompts = folder / PROMPTS
-    if not prompts.is_file() or sha256_of(prompts) != manifest["prompts_sha256"]:
-        raise ConfigError(
-            f"{prompts}: not what was written; delete it and run `tempolora precompute` again"
-        )
+    # shards made before there was a readout have no "rhythm"
+    for name, digest in {PROMPTS: manifest["prompts_sha256"], **manifest.get("rhythm", {})}.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise ConfigError(
+                f"{path}: not what was written; delete it and run `tempolora precompute` again"
+            )
     return manifest["samples"]

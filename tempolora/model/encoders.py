@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tempolora.config import Config, ModelConfig
@@ -44,11 +45,22 @@ class WanEncoders:
     @torch.no_grad()
     def encode_frames(self, frames_FHW3: Tensor) -> dict[str, Tensor]:
         """uint8 frames to normalised latents (C, T, H, W); i2v A14B also gets "condition"."""
-        if self._vae is None:
-            self._vae = wan.load_vae(self._cfg.model, self._device)
         frames_BFHW3 = frames_FHW3[None].to(self._device)
-        encoded = {"latents": wan.encode_video(self._vae, frames_BFHW3)}
+        encoded = {"latents": wan.encode_video(self._loaded_vae(), frames_BFHW3)}
         if self._stores_condition:
             first_BHW3 = frames_BFHW3[:, 0]
-            encoded["condition"] = wan.encode_condition(self._vae, first_BHW3, len(frames_FHW3))
+            encoded["condition"] = wan.encode_condition(
+                self._loaded_vae(), first_BHW3, len(frames_FHW3)
+            )
         return {name: value[0].cpu() for name, value in encoded.items()}
+
+    def decode_frames(self, latents_CTHW: Tensor) -> Tensor:
+        """Normalised latents to RGB (F, 3, H, W) float32 in 0..1, on the VAE's device."""
+        return rearrange(
+            wan.decode_frames(self._loaded_vae(), latents_CTHW[None]), "1 C F H W -> F C H W"
+        )
+
+    def _loaded_vae(self) -> wan.AutoencoderKLWan:
+        if self._vae is None:
+            self._vae = wan.load_vae(self._cfg.model, self._device)
+        return self._vae

@@ -315,11 +315,20 @@ def encode_video(vae: AutoencoderKLWan, frames_BFHW3: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_video(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
     """Normalised latents to video: (B, C, T, H, W) -> uint8 (B, F, H, W, 3)."""
+    frames = (decode_frames(vae, latents_BCTHW) * 255).round().to(torch.uint8)
+    return rearrange(frames, "B C F H W -> B F H W C")
+
+
+@torch.no_grad()
+def decode_frames(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """Normalised latents to RGB before rounding: (B, C, T, H, W) -> float32 (B, 3, F, H, W), 0..1.
+
+    On the VAE's device.
+    """
     mean, std = _statistics(vae)
     latents = latents_BCTHW.to(vae.device).float() * std + mean
-    frames = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    frames = ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(frames, "B C F H W -> B F H W C")
+    frames_BCFHW = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return ((frames_BCFHW.float() + 1) / 2).clamp(0, 1)
 
 
 @torch.no_grad()
