@@ -17,6 +17,9 @@ LOCK_FLAGS ?=
 # torch is pinned here and not in the lock: its wheel differs between CPU and CUDA machines, so
 # no one hash fits. Another build: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
+# torch's CUDA wheels bring their own Triton. Beside a CPU build this one's interpreter runs the GPU
+# kernels' code in the tests; where there is no wheel of it, those tests are skipped.
+TRITON ?= triton==3.7.1
 UV ?= uv==0.13.9
 
 VENV := .venv
@@ -46,6 +49,8 @@ $(VENV)/.installed: pyproject.toml requirements.lock | $(BIN)/pip
 	@$(PIP) install $(TORCH)
 	@echo "installing requirements.lock"
 	@$(PIP) install --no-deps --no-build-isolation --require-hashes -r requirements.lock
+	@$(BIN)/python -c 'import triton' 2> $(VENV)/triton.log || { echo "installing $(TRITON)"; \
+	  $(PIP) install --no-deps "$(TRITON)" || echo "no Triton: its tests will be skipped"; }
 	@echo "installing tempolora"
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m pip --disable-pip-version-check check

@@ -62,7 +62,36 @@ class TimeBase:
         return tuple(k * self.latent_fps for k in range(1, count + 1))
 
     @property
+    def samples(self) -> int:
+        """Evenly spaced video frames that the readout sees: all but frame 0."""
+        return self.num_frames - 1
+
+    @property
+    def bins_hz(self) -> tuple[float, ...]:
+        """Frequencies of the real DFT over these samples."""
+        return _bins_hz(self.fps, self.samples)
+
+    @property
     def latent_bins_hz(self) -> tuple[float, ...]:
         """Frequencies of the real DFT over the evenly sampled latent frames (all but frame 0)."""
-        samples = self.latent_frames - 1
-        return tuple(k * self.latent_fps / samples for k in range(samples // 2 + 1))
+        return _bins_hz(self.latent_fps, self.latent_frames - 1)
+
+    def usable_bins_hz(self, signal: str) -> dict[int, float]:
+        """Bin number -> Hz of what the "readout" or the "latent" signal can be asked about.
+
+        Without 0 Hz. In the readout also without the decoder's comb and the bins beside it, into
+        which a Hann window spreads it.
+        """
+        if signal == "latent":
+            return {k: hz for k, hz in enumerate(self.latent_bins_hz) if k}
+        step = self.latent_frames - 1  # bins from one tooth of the comb to the next
+        teeth = [k * step for k in range(1, self.temporal_stride // 2 + 1)]
+        return {
+            k: hz
+            for k, hz in enumerate(self.bins_hz)
+            if k and min(abs(k - tooth) for tooth in teeth) > 1
+        }
+
+
+def _bins_hz(rate_hz: float, samples: int) -> tuple[float, ...]:
+    return tuple(k * rate_hz / samples for k in range(samples // 2 + 1))

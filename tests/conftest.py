@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 # Before torch loads, and for every process a test starts: TinyWan's tensors are too small to share,
 # and threads that spin while they wait for a busy core cost ten times the work itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, Triton's interpreter runs the kernels' own code. Triton looks when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

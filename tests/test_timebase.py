@@ -26,6 +26,28 @@ def test_latent_bins_are_those_of_the_real_dft(num_frames, fps):
     assert np.allclose(timebase.latent_bins_hz, np.fft.rfftfreq(samples, 4 / fps))
 
 
+@pytest.mark.parametrize("num_frames", [13, 17, 49, 81, 121])
+@pytest.mark.parametrize("fps", [16.0, 24.0])
+def test_the_readout_can_be_asked_about_all_bins_but_the_comb_and_its_neighbours(num_frames, fps):
+    timebase = TimeBase(fps, num_frames)
+    frequencies = np.fft.rfftfreq(num_frames - 1, 1 / fps)
+    assert np.allclose(timebase.bins_hz, frequencies)
+    width = frequencies[1]
+    expected = [
+        k
+        for k, hz in enumerate(frequencies)
+        if k and all(abs(hz - comb) > 1.5 * width for comb in (fps / 4, fps / 2))
+    ]
+    usable = timebase.usable_bins_hz("readout")
+    assert list(usable) == expected
+    assert np.allclose(list(usable.values()), frequencies[expected])
+
+
+def test_above_6_hz_49_frames_at_16_fps_leave_four_frequencies():
+    above = [hz for hz in TimeBase(16, 49).usable_bins_hz("readout").values() if hz > 6.1]
+    assert np.allclose(above, [19 / 3, 20 / 3, 7, 22 / 3])
+
+
 @pytest.mark.parametrize("num_frames", [0, 1, 4, 48, 50])
 def test_other_frame_counts_are_refused(num_frames):
     with pytest.raises(ValueError, match="4k"):

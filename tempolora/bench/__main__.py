@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("resample",)
+NAMES = ("kernels", "resample", "step")
 
 
 def main() -> None:
