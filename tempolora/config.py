@@ -85,19 +85,53 @@ class DataConfig(_Section):
     """Samples per shard file."""
     workers: Count = 2
     """Loader processes per training process."""
+    held_out: Count | None = None
+    """Clips kept from training to measure the loss on; by default one in 20, at most 4, and none
+    of fewer than 10."""
+
+
+class PerExpert(_Section):
+    high: Weight
+    """Weight for the high-noise expert."""
+    low: Weight
+    """Weight for the low-noise expert."""
 
 
 class RhythmConfig(_Section):
-    signal: Literal["latent"] = "latent"
-    """What the rhythm terms look at: latent frames, whose spectrum ends at fps/8."""
-    spec_weight: Weight = 0.05
-    """Weight of the spectral term; 0 switches it off."""
-    spec_cutoff_hz: Hz = 1.5
+    signal: Literal["readout", "latent"] = "readout"
+    """What the terms look at: readout is luminance at the full frame rate, read from the latents;
+    latent is the latent frames themselves, whose spectrum ends at fps/8."""
+    spec_weight: Weight | PerExpert = 0.05
+    """Weight of the spectral term, a share of the flow loss; 0 switches it off. For each expert
+    its own: {"high": 0.1, "low": 0.05}."""
+    spec_form: Literal["residual", "absolute"] = "residual"
+    """residual: the spectrum of the velocity's error; absolute: power above the cutoff in the
+    predicted clean clip."""
+    spec_cutoff_hz: Hz = 6.0
     """Jitter counts from this frequency up."""
-    band_hz: tuple[Hz, Hz] = (0.5, 1.5)
+    band_hz: tuple[Hz, Hz] = (0.5, 6.0)
     """The band of natural motion, lowest and highest frequency."""
-    tv_weight: Weight = 0.01
-    """Weight of the temporal smoothness term; 0 switches it off."""
+    band_gain: Weight = 1.0
+    """How much the band counts within the spectral term."""
+    jitter_gain: Weight = 1.0
+    """How much frequencies from the cutoff up count within the spectral term."""
+    tv_weight: Weight | PerExpert = 0.01
+    """Weight of the temporal smoothness term, or one for each expert; 0 switches it off."""
+    sound_weight: Weight | PerExpert = 0.0
+    """Weight of the sound term, or one for each expert: errors of motion at onsets of the clip's
+    own sound. 0 switches it off."""
+    rollout_every: Count = 0
+    """Steps between rollouts of the sampler whose band power is held to that of real clips;
+    0: none."""
+    rollout_weight: Weight = 0.05
+    """Weight of the rollout term in its steps."""
+    rollout_steps: Annotated[int, Field(ge=2, le=50)] = 8
+    """Sampler steps of a rollout; the last one is differentiated."""
+
+    def weight(self, term: str, expert: str) -> float:
+        """The weight of "spec", "tv" or "sound" for an expert."""
+        weight = getattr(self, f"{term}_weight")
+        return getattr(weight, expert) if isinstance(weight, PerExpert) else weight
 
 
 class LoraConfig(_Section):
@@ -151,6 +185,9 @@ class TrainConfig(_Section):
     """Checkpoints kept per expert, the newest."""
     log_every: Positive = 1
     """Optimizer steps between lines of metrics.jsonl."""
+    validate_every: Count = 200
+    """Optimizer steps between measurements of the loss on held-out clips, the first before
+    training; 0: none."""
 
 
 class ParallelConfig(_Section):
@@ -303,31 +340,81 @@ def _check_lora(cfg: Config) -> None:
 
 
 def _check_rhythm(cfg: Config) -> None:
-    rhythm, timebase = cfg.rhythm, cfg.timebase
+    rhythm = cfg.rhythm
     low, high = rhythm.band_hz
     if low >= high:
         raise ConfigError(f"rhythm.band_hz: {low} Hz is not below {high} Hz")
-    bins = timebase.latent_bins_hz[1:]
-    # Frame 0 is left out, and two samples have no spectrum once their trend is taken away.
-    for key, least in (("spec_weight", 13), ("tv_weight", 9)):
-        if getattr(rhythm, key) and cfg.data.num_frames < least:
+    terms = ("spec", "tv", "sound")
+    for term in terms:
+        weight = getattr(rhythm, f"{term}_weight")
+        if isinstance(weight, PerExpert) and cfg.variant.experts == ("single",):
             raise ConfigError(
-                f"rhythm.{key}: {cfg.data.num_frames} frames are too few for a rhythm in the "
-                f"latents; set it to 0, or data.num_frames to {least} or more"
+                f"rhythm.{term}_weight: {cfg.model.variant} has one transformer; give one number"
             )
-    if rhythm.spec_weight == 0:
-        return
+    on = {term: any(rhythm.weight(term, expert) for expert in cfg.experts) for term in terms}
+    if on["sound"] and rhythm.signal == "latent":
+        raise ConfigError(
+            'rhythm.sound_weight: onsets need the full frame rate; set rhythm.signal to "readout"'
+        )
+    if rhythm.signal == "latent" and on["tv"] and cfg.data.num_frames < 9:
+        raise ConfigError(
+            f"rhythm.tv_weight: {cfg.data.num_frames} frames are too few for a difference of "
+            "latent frames; set it to 0, or data.num_frames to 9 or more"
+        )
+    if on["spec"]:
+        _check_spectrum(cfg)
+    if rhythm.rollout_every:
+        _check_rollout(cfg)
+
+
+def _check_spectrum(cfg: Config) -> None:
+    """Refuse a band or a cutoff that no frequency reaches: the term would be zero in silence."""
+    rhythm, timebase = cfg.rhythm, cfg.timebase
+    low, high = rhythm.band_hz
+    bins = [*timebase.usable_bins_hz(rhythm.signal).values()]
+    # Latent frame 0 is left out, and two samples have no spectrum once their trend is taken away.
+    if not bins or timebase.latent_frames < 4:
+        raise ConfigError(
+            f"rhythm.spec_weight: {cfg.data.num_frames} frames are too few for a spectrum; set it "
+            "to 0, or data.num_frames to 13 or more"
+        )
+    comb = ", away from the decoder's comb at " + " and ".join(f"{hz:g}" for hz in timebase.comb_hz)
     carried = (
         f"{cfg.data.num_frames} frames at {timebase.fps:g} fps carry {bins[0]:.2f} to "
-        f'{bins[-1]:.2f} Hz in the latents (rhythm.signal "latent")'
+        f'{bins[-1]:.2f} Hz (rhythm.signal "{rhythm.signal}"'
+        + (f"{comb} Hz)" if rhythm.signal == "readout" else ")")
     )
-    if rhythm.spec_cutoff_hz > bins[-1]:
+    if rhythm.jitter_gain and rhythm.spec_cutoff_hz > bins[-1] * (1 + 1e-9):
         raise ConfigError(
             f"rhythm.spec_cutoff_hz: no frequency reaches {rhythm.spec_cutoff_hz:g} Hz: {carried}; "
             f"lower it to at most {bins[-1]:.2f}"
         )
-    if not any(low <= hz <= high for hz in bins):
+    if rhythm.band_gain and not any(low <= hz <= high for hz in bins):
         raise ConfigError(f"rhythm.band_hz: no frequency lies in {low:g} to {high:g} Hz: {carried}")
+    if not rhythm.band_gain and not rhythm.jitter_gain:
+        raise ConfigError(
+            "rhythm.jitter_gain: 0 together with rhythm.band_gain 0 leaves the spectral term "
+            "empty; set rhythm.spec_weight to 0 instead"
+        )
+    if rhythm.spec_form == "absolute" and not rhythm.jitter_gain:
+        raise ConfigError(
+            'rhythm.jitter_gain: 0 leaves nothing of spec_form "absolute", which looks above the '
+            "cutoff only"
+        )
+
+
+def _check_rollout(cfg: Config) -> None:
+    if cfg.rhythm.signal == "latent":
+        raise ConfigError('rhythm.rollout_every: set rhythm.signal to "readout", or leave it out')
+    if cfg.experts == ("high",):
+        raise ConfigError(
+            "rhythm.rollout_every: the high-noise expert alone does not reach a clean clip; "
+            "train the low one with it, or leave it out"
+        )
+    if cfg.data.num_frames < 13:
+        raise ConfigError(
+            f"rhythm.rollout_every: {cfg.data.num_frames} frames are too few for a spectrum"
+        )
 
 
 CHECKS = (

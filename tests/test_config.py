@@ -23,6 +23,7 @@ def test_the_shipped_a14b_config_is_what_was_promised():
     data, rhythm, lora = cfg.data, cfg.rhythm, cfg.lora
     assert (data.num_frames, data.height, data.width) == (49, 576, 1024)
     assert (rhythm.spec_weight, rhythm.tv_weight, lora.rank) == (0.05, 0.01, 16)
+    assert (rhythm.signal, rhythm.spec_cutoff_hz, rhythm.band_hz) == ("readout", 6.0, (0.5, 6.0))
     assert (cfg.train.max_steps, cfg.output.dir) == (800, "wan22_lora_out")
     assert cfg.latent_shape == (16, 13, 72, 128)
 
@@ -53,10 +54,15 @@ def test_the_committed_schema_is_that_of_the_code():
         ("data.height=100", "data.height: 100 is not divisible by 16"),
         ("data.width=1000", "data.width: 1000 is not divisible by 16"),
         ("model.task=i2v", "model.task: t2v_a14b does not do i2v; allowed: t2v"),
-        ("rhythm.spec_cutoff_hz=6", "no frequency reaches 6 Hz: 49 frames at 16 fps carry 0.33"),
+        ("rhythm.spec_cutoff_hz=9", "no frequency reaches 9 Hz: 49 frames at 16 fps carry 0.33"),
+        ("rhythm.spec_cutoff_hz=7.5", "away from the decoder's comb at 4 and 8 Hz); lower it to"),
+        ("rhythm.signal=latent", "no frequency reaches 6 Hz: 49 frames at 16 fps carry 0.33 to 2"),
+        ("rhythm.band_hz=[3.8,4.2]", "rhythm.band_hz: no frequency lies in 3.8 to 4.2 Hz"),
+        ("rhythm.spec_weight=-1", "rhythm.spec_weight: given -1"),
+        ('rhythm.spec_weight={"high": 1}', "rhythm.spec_weight"),
         ("rhythm.band_hz=[0.1,0.2]", "rhythm.band_hz: no frequency lies in 0.1 to 0.2 Hz"),
         ("rhythm.band_hz=[2,1]", "rhythm.band_hz: 2.0 Hz is not below 1.0 Hz"),
-        ("data.num_frames=5", "rhythm.spec_weight: 5 frames are too few for a rhythm"),
+        ("data.num_frames=9", "rhythm.spec_weight: 9 frames are too few for a spectrum"),
         ("lr=1", "--set: 'lr=1' is not section.key=value"),
         ("train.lr", "--set: 'train.lr' is not section.key=value"),
     ],
@@ -79,6 +85,34 @@ def test_a_setting_without_meaning_is_refused():
         load_config(None, ["lora.target=qk", "lora.time_rows=16"])
     with pytest.raises(ConfigError, match=r"model\.expert: ti2v_5b has one transformer"):
         load_config(None, ["model.variant=ti2v_5b", "model.expert=high"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            ["rhythm.signal=latent", "rhythm.spec_weight=0", "data.num_frames=5"],
+            r"rhythm\.tv_weight",
+        ),
+        (["rhythm.signal=latent", "rhythm.spec_weight=0", "rhythm.sound_weight=1"], "full frame"),
+        (["rhythm.band_gain=0", "rhythm.jitter_gain=0"], r"rhythm\.jitter_gain: 0 together with"),
+        (["rhythm.spec_form=absolute", "rhythm.jitter_gain=0"], 'nothing of spec_form "absolute"'),
+        (["rhythm.rollout_every=5", "model.expert=high"], "does not reach a clean clip"),
+        (
+            ["model.variant=ti2v_5b", 'rhythm.tv_weight={"high": 1, "low": 2}'],
+            r"rhythm\.tv_weight: ti2v_5b has one transformer; give one number",
+        ),
+    ],
+)
+def test_a_rhythm_that_cannot_be_is_refused(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(None, settings)
+
+
+def test_a_weight_may_differ_between_experts():
+    rhythm = load_config(None, ['rhythm.spec_weight={"high": 0.2, "low": 0}']).rhythm
+    assert [rhythm.weight("spec", expert) for expert in ("high", "low")] == [0.2, 0]
+    assert rhythm.weight("tv", "high") == rhythm.weight("tv", "single") == 0.01
 
 
 @pytest.mark.parametrize(

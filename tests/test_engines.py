@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from tempolora.cli import main
 from tempolora.config import load_config
 from tempolora.train.engine import build_engine, choose_engine
-from tempolora.train.step import Objective
+from tempolora.train.objective import Objective
 from tempolora.train.world import World
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,8 @@ LAUNCHERS = {
 def settings(shards: Path, out: Path, *more: str) -> list[str]:
     paths = (f"data.shards={shards}", f"output.dir={out}", "model.expert=high")
     # gradients here have norms near 5e-4: this clips every one of them
-    return overrides(*SMALL, *paths, "train.max_grad_norm=1e-4", *more)
+    measured = ("data.held_out=1", "train.validate_every=4")
+    return overrides(*SMALL, *paths, *measured, "train.max_grad_norm=1e-4", *more)
 
 
 def launch(engine: str, shards: Path, out: Path, *more: str) -> None:
@@ -60,9 +62,14 @@ def launch(engine: str, shards: Path, out: Path, *more: str) -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def losses(out: Path) -> list[float]:
+def logged(out: Path, key: str) -> list[float]:
+    """A value at every step that has it."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in sorted(lines, key=lambda line: line["step"])]
+    return [line[key] for line in sorted(lines, key=lambda line: line["step"]) if key in line]
+
+
+def losses(out: Path) -> list[float]:
+    return logged(out, "loss")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,9 @@ def test_two_processes_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
 ):
     out = tmp_path / "out"
     launch(engine, toy_shards, out)
-    assert losses(out) == pytest.approx(losses(reference), rel=1e-5)
+    for value in ("loss", "spectral", "tv", "held_out"):
+        assert len(logged(out, value)) == (2 if value == "held_out" else 4)
+        assert logged(out, value) == pytest.approx(logged(reference, value), rel=1e-5), value
     ours, theirs = load_file(out / LORA), load_file(reference / LORA)
     assert ours.keys() == theirs.keys()
     moved = max(w.abs().max() for name, w in theirs.items() if "lora_B" in name)
@@ -168,6 +177,7 @@ def test_the_moving_average_is_what_gets_exported(toy_shards, tmp_path):
 
 
 def one_step_gradients(cfg, toy_shards) -> dict[str, torch.Tensor]:
+    from tempolora.data.readout import load_readout
     from tempolora.data.shards import ShardReader, load_prompt, read_manifest
     from tempolora.model.lora import add_lora, lora_parameters
     from tempolora.model.wan import load_transformer, predict_velocity
@@ -182,10 +192,10 @@ def one_step_gradients(cfg, toy_shards) -> dict[str, torch.Tensor]:
             parameter.data.normal_(0, 0.02, generator=generator)
     engine = build_engine("plain", cfg, transformer, World(0, 1, torch.device("cpu")))
     batch = Collate(cfg, "high", load_prompt(toy_shards, ""))([(0, reader.read(0))])
-    loss, _ = Objective(cfg, torch.device("cpu"))(
-        lambda *args, **kwargs: predict_velocity(engine.transformer, *args, **kwargs), batch
-    )
-    engine.backward(loss)
+    predict = partial(predict_velocity, engine.transformer)
+    objective = Objective(cfg, "high", load_readout(toy_shards), torch.device("cpu"))
+    objective.calibrate(predict, [batch], World(0, 1, torch.device("cpu")))
+    engine.backward(objective(predict, batch).loss)
     return {name: p.grad.clone() for name, p in lora_parameters(transformer).items()}
 
 

@@ -23,11 +23,23 @@ class Reader:
         return position
 
 
-def run(world, rank, *, batch_size=1, first_draw=0, microsteps=12, workers=0, seed=0, reader=None):
+def run(
+    world,
+    rank,
+    *,
+    batch_size=1,
+    first_draw=0,
+    microsteps=12,
+    workers=0,
+    seed=0,
+    reader=None,
+    positions=range(10),
+):
     return list(
         batches(
             reader or Reader(),
             lambda drawn: drawn,
+            positions=positions,
             seed=seed,
             batch_size=batch_size,
             first_draw=first_draw,
@@ -49,6 +61,12 @@ def test_every_epoch_visits_every_sample_once_and_in_another_order():
     epochs = [[sample_of_draw(10 * e + n, 10, seed=0) for n in range(10)] for e in range(3)]
     assert all(Counter(epoch) == Counter(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_sample_that_is_left_out_is_never_drawn():
+    kept = [0, 2, 5, 9]
+    drawn = flat(1, positions=kept, microsteps=8)
+    assert Counter(position for _, position in drawn) == Counter(kept * 2)
 
 
 def test_another_seed_is_another_order():

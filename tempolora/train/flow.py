@@ -29,6 +29,12 @@ def expert_range(variant: Variant, expert: str) -> tuple[float, float]:
     return (variant.boundary, 1.0) if expert == "high" else (0.0, variant.boundary)
 
 
+def u_range(variant: Variant, expert: str) -> tuple[float, float]:
+    """The expert's range in unshifted time."""
+    low, high = expert_range(variant, expert)
+    return float(unshift_sigma(low, variant.shift)), float(unshift_sigma(high, variant.shift))
+
+
 def sample_sigma(u: Tensor, variant: Variant, expert: str, density: str) -> Tensor:
     """Turn uniform u in 0..1 into sigmas of the expert's range, elementwise.
 
@@ -36,9 +42,7 @@ def sample_sigma(u: Tensor, variant: Variant, expert: str, density: str) -> Tens
     Esser et al. 2024, section 3.1), both restricted to the expert's range exactly, by way of the
     distribution function, so that no draw is thrown away.
     """
-    low, high = (
-        float(unshift_sigma(sigma, variant.shift)) for sigma in expert_range(variant, expert)
-    )
+    low, high = u_range(variant, expert)
     if density == "uniform":
         return shift_sigma(low + (high - low) * u, variant.shift)
     edges = torch.tensor([low, high], dtype=torch.float64)

@@ -1,12 +1,11 @@
 """The training loop: samples in, checkpoints and metrics out, one expert at a time."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,24 @@ from tqdm import tqdm
 
 from tempolora.config import Config
 from tempolora.data.loader import batches
+from tempolora.data.readout import load_bank, load_readout
 from tempolora.data.shards import ShardReader, load_prompt
 from tempolora.model import lora, wan
 from tempolora.model.memory import free_memory
+from tempolora.rhythm.bank import Bank
+from tempolora.rhythm.readout import Readout
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.metrics import MetricsLog
+from tempolora.train.objective import Objective
 from tempolora.train.resume import run_facts, save
+from tempolora.train.rollout import Rollout
 from tempolora.train.schedule import ema_decay_at, lr_at
-from tempolora.train.step import Batch, Collate, Objective
+from tempolora.train.step import Batch, Collate
 from tempolora.train.stop import Stopped, StopSignal
+from tempolora.train.terms import describe_terms
+from tempolora.train.validate import Validation, split_clips
+from tempolora.train.watch import Watch
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -43,54 +50,89 @@ def train_expert(
         log.info("%s: step %d was reached before", expert, done)
         return resume.folder
     train = cfg.train
+    objective, rollout = build_objective(cfg, expert, world.device, resume)
     kind = choose_engine(cfg, world, wan.transformer_bytes(cfg.model, expert))
     transformer = load_with_adapters(cfg, expert, loading_device(kind, cfg, world), resume)
     engine = build_engine(kind, cfg, transformer, world)
     ema = _take_up(cfg, engine, world, resume)
     facts = run_facts(cfg, expert, transformer, engine, world)
-    objective = Objective(cfg, world.device)
     predict = partial(wan.predict_velocity, engine.transformer)
-    source = _batches(cfg, expert, reader, world, draws, train.max_steps - done)
+    collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
+    positions, held_out = split_clips(reader.keys, cfg.data.held_out)
+    validation = Validation(cfg, expert, reader, held_out, collate)
+    source = _batches(cfg, reader, collate, positions, world, draws, train.max_steps - done)
+    watch = Watch(cfg, expert, world)
     with ExitStack() as stack:
-        metrics = bar = None
         stop = stack.enter_context(StopSignal(world))
-        if world.is_main:
-            metrics = MetricsLog(Path(cfg.output.dir), expert, done, cfg.output.trackers)
-            stack.enter_context(metrics)
-            bar = stack.enter_context(
-                tqdm(total=train.max_steps, initial=done, desc=expert, unit="step", disable=None)
-            )
+        out = Path(cfg.output.dir) if world.is_main else None
+        metrics = stack.enter_context(MetricsLog(out, expert, done, cfg.output.trackers))
+        bar = stack.enter_context(progress(expert, done, train.max_steps, world))
+        if not done and validation.due(0):
+            metrics.write(0, validation.measure(objective, predict, world))
         for step in range(done + 1, train.max_steps + 1):
-            began = time.perf_counter()
-            seen: list[Batch] = []
-            sums: dict[str, Tensor] = {}
-            for _ in range(train.gradient_accumulation):
-                seen.append(next(source).to(world.device))
-                loss, terms = objective(predict, seen[-1])
-                engine.backward(loss)
-                for name, term in {"loss": loss.detach(), **terms}.items():
-                    sums[name] = sums.get(name, 0) + term / train.gradient_accumulation
+            watch.begin()
+            microsteps = list(islice(source, train.gradient_accumulation))
+            if objective.uncalibrated:
+                objective.calibrate(predict, microsteps, world)
+            for batch in microsteps:
+                batch = batch.to(world.device)
+                outcome = objective(predict, batch)
+                if objective.calibrating(step):
+                    objective.note(batch, outcome)
+                if rollout and rollout.due(step):
+                    outcome = rollout.join(outcome, objective, predict, batch)
+                engine.backward(outcome.loss)
+                watch.add(batch, outcome)
+            objective.settle(world)
             rate = lr_at(step, train)
-            norm = _apply(engine, rate, step, seen)
+            norm = _apply(engine, rate, step, watch)
             draws += train.batch_size * train.gradient_accumulation * world.size
             if ema is not None:
                 _average(ema, engine.lora_state(), ema_decay_at(step, train.ema_decay))
-            if step % train.log_every == 0 or step == train.max_steps:
-                values = _measure(sums, norm, rate, seen, world, began)
-                if metrics:
-                    metrics.write(step, values)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-            if bar is not None:
-                bar.update()
+            if step % train.log_every == 0 or step == train.max_steps or validation.due(step):
+                values = watch.values(objective, step, norm, rate)
+                if validation.due(step):
+                    values |= validation.measure(objective, predict, world)
+                metrics.write(step, values)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            bar.update()
             stopping = stop.requested()
             if stopping or step % train.checkpoint_every == 0 or step == train.max_steps:
-                last = save(cfg, engine, ema, {**facts, "step": step, "draws": draws}, world)
+                state = {**facts, "step": step, "draws": draws, "calibration": objective.state()}
+                last = save(cfg, engine, ema, state, world)
             if stopping:
                 raise Stopped(f"stopped after step {step}; the same command goes on from {last}")
     engine.close()
-    del engine, transformer, objective, predict
+    del engine, transformer, objective, rollout, predict
     free_memory(world.device)
     return last
+
+
+def check_objective(cfg: Config, expert: str) -> str:
+    """What the expert's rhythm terms are, in a line. Raises ConfigError as `build_objective`."""
+    build_objective(cfg, expert, torch.device("cpu"), None)
+    return f"rhythm terms: {describe_terms(cfg, expert, _readout(cfg))}"
+
+
+def _readout(cfg: Config) -> Readout | None:
+    return load_readout(Path(cfg.data.shards)) if cfg.rhythm.signal == "readout" else None
+
+
+def build_objective(
+    cfg: Config, expert: str, device: torch.device, resume: Checkpoint | None
+) -> tuple[Objective, Rollout | None]:
+    """The loss of an expert, and its rollout term where there is one, from what lies by the shards.
+
+    Raises ConfigError where the shards have no readout, or one that reads too little.
+    """
+    shards = Path(cfg.data.shards)
+    readout = _readout(cfg)
+    objective = Objective(cfg, expert, readout, device)
+    if resume:
+        objective.load_state(resume.state["calibration"])
+    if not cfg.rhythm.rollout_every or expert == "high":  # which alone reaches no clean clip
+        return objective, None
+    return objective, Rollout(cfg, expert, readout, Bank(*load_bank(shards)), device)
 
 
 def load_with_adapters(
@@ -120,11 +162,18 @@ def _take_up(
 
 
 def _batches(
-    cfg: Config, expert: str, reader: ShardReader, world: World, first_draw: int, steps: int
+    cfg: Config,
+    reader: ShardReader,
+    collate: Collate,
+    positions: list[int],
+    world: World,
+    first_draw: int,
+    steps: int,
 ) -> Iterator[Batch]:
     return batches(
         reader,
-        Collate(cfg, expert, load_prompt(Path(cfg.data.shards), "")),
+        collate,
+        positions=positions,
         seed=cfg.train.seed,
         batch_size=cfg.train.batch_size,
         first_draw=first_draw,
@@ -135,35 +184,20 @@ def _batches(
     )
 
 
-def _apply(engine: Engine, rate: float, step: int, seen: list[Batch]) -> Tensor:
+def progress(expert: str, done: int, steps: int, world: World) -> tqdm:
+    """A bar on the first process; nothing on the others, and nothing where there is no terminal."""
+    hidden = None if world.is_main else True
+    return tqdm(total=steps, initial=done, desc=expert, unit="step", disable=hidden)
+
+
+def _apply(engine: Engine, rate: float, step: int, watch: Watch) -> Tensor:
     try:
         return engine.step(rate)
     except FloatingPointError as error:
-        keys = ", ".join(key for batch in seen for key in batch.keys)
+        keys = ", ".join(watch.keys)
         raise FloatingPointError(f"step {step}: {error}; its samples here: {keys}") from None
 
 
 def _average(ema: dict[str, Tensor], now: dict[str, Tensor], decay: float) -> None:
     for name, value in ema.items():
         value.lerp_(now[name], 1 - decay)
-
-
-def _measure(
-    sums: dict[str, Tensor],
-    norm: Tensor,
-    rate: float,
-    seen: list[Batch],
-    world: World,
-    began: float,
-) -> dict[str, Any]:
-    """One step's numbers, means over all processes. This copies from the device and so waits."""
-    sigma = torch.cat([batch.sigma_B for batch in seen]).mean()
-    means = world.mean(torch.stack([*sums.values(), sigma]).float()).tolist()
-    values = dict(zip([*sums, "sigma"], means, strict=True))
-    values |= {"grad_norm": norm.item(), "lr": rate}
-    seconds = time.perf_counter() - began
-    samples = sum(len(batch.keys) for batch in seen) * world.size
-    values |= {"seconds": seconds, "samples_per_s": samples / seconds}
-    if world.device.type == "cuda":
-        values["peak_gib"] = torch.cuda.max_memory_reserved(world.device) / 2**30
-    return values

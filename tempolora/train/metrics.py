@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -10,16 +11,21 @@ class MetricsLog:
     """Appends one expert's values to `metrics.jsonl`, and to its own TensorBoard run.
 
     A resumed run's lines follow those of the run before: the later line of a step counts.
-    step: the last step done before; what TensorBoard holds after it is hidden.
+    folder: None on processes that write nothing. step: the last step done before; what TensorBoard
+    holds after it is hidden.
     """
 
-    def __init__(self, folder: Path, expert: str, step: int, trackers: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path | None, expert: str, step: int, trackers: tuple[str, ...]
+    ) -> None:
+        self._file = self._writer = None
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self._expert = expert
         self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115
         if not _ends_a_line(self._file):
             self._file.write(b"\n")  # a killed run's torn line must not spoil ours
-        self._writer = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -27,20 +33,32 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One step's values."""
+        if self._file is None:
+            return
         line = {"expert": self._expert, "step": step, **values}
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         if self._writer:
-            for name, value in values.items():
+            for name, value in _flat(values):
                 self._writer.add_scalar(name, value, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What is grouped in a line gets names of its own: flow_by_sigma/0.912."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

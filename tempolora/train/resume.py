@@ -18,11 +18,14 @@ from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
 
-# What shapes the adapters, or the order in which samples and noise come.
+# What shapes the adapters, the order in which samples and noise come, or the loss's scale.
 FIXED = {
     "model": ("variant", "task"),
     "lora": ("rank", "alpha", "target", "time_rows", "blocks"),
     "train": ("optimizer", "ema_decay", "seed"),
+    "data": ("held_out",),
+    # What c(sigma) was measured with.
+    "rhythm": ("signal", "spec_form", "spec_cutoff_hz", "band_hz", "band_gain", "jitter_gain"),
 }
 
 

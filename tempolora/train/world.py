@@ -40,6 +40,14 @@ class World:
             value /= self.size
         return value
 
+    def gather(self, rows_NK: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes under each other, in their order; as many from each."""
+        if self.size == 1:
+            return rows_NK
+        parts = [torch.empty_like(rows_NK) for _ in range(self.size)]
+        dist.all_gather(parts, rows_NK.contiguous())
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
