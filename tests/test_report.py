@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.video import write_mp4
+from tempolora.results.charts import _tick_labels
 from tempolora.results.names import lora_file_name, video_file_name
-from tempolora.results.report import _tick_labels, write_report
+from tempolora.results.report import write_report
 
 FPS, FRAMES, HEIGHT, WIDTH = 16, 17, 48, 64
 
@@ -100,6 +101,62 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attrs for name, attrs in self.tags if name == tag]
+
+
+SIGMAS = {  # the middles of nine equal parts of each expert's time, as training names them
+    "high": (0.890, 0.915, 0.935, 0.950, 0.963, 0.974, 0.983, 0.990, 0.997),
+    "low": (0.200, 0.443, 0.572, 0.667, 0.726, 0.776, 0.813, 0.841, 0.863),
+    "single": (0.227, 0.500, 0.658, 0.761, 0.833, 0.888, 0.929, 0.962, 0.988),
+}
+
+
+def write_watched_run(
+    folder: Path, experts: tuple[str, ...] = ("high", "low"), steps: int = 40
+) -> Path:
+    """A run that says of itself what training says now; its loss is its step."""
+    write_run(folder, steps=0)
+    lines = []
+    for expert in experts:
+        lines.append({"expert": expert, "step": 0} | held_out(expert, 0))
+        for step in range(1, steps + 1):
+            line = json.loads(metrics_line(expert, step, step))
+            line["grad_share"] = {"spectral": 0.1, "tv": 0.02}
+            line["motion"] = 0.75 if step % 2 else 1.25
+            line["flow_by_sigma"] = {f"{SIGMAS[expert][step % 9]:.3f}": step * 0.1}
+            if step in (20, steps):
+                line |= held_out(expert, step)
+            lines.append(line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def held_out(expert: str, step: int) -> dict:
+    """Losses that fall with the step, but at the last sigma rise."""
+    losses = [(9 - place) * (1 - step / 400) for place in range(8)] + [1 + step / 400]
+    by_sigma = {f"{s:.3f}": loss for s, loss in zip(SIGMAS[expert], losses, strict=True)}
+    return {"held_out": sum(losses) / 9, "held_out_by_sigma": by_sigma}
+
+
+def edit_config(folder: Path, section: str, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[section] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def figure_of(folder: Path, title: str) -> str:
+    """The HTML of the figure with this title."""
+    figures = write_report(folder).read_text(encoding="utf-8").split('<figure class="card chart">')
+    figure = next(html for html in figures if html.startswith(f"<h3>{title}</h3>"))
+    return figure.split("</figure>")[0]
+
+
+def drawn_lines(figure: str, kind: str) -> list[np.ndarray]:
+    """The heights of each line, in the numbers that the labels beside the axis give them."""
+    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', figure)
+    heights, values = np.array(labels, float).T
+    slope, start = np.polyfit(heights - 4, values, 1)  # text stands 4 below its line
+    lines = re.findall(rf'class="{kind} [^"]*" points="([^"]+)"', figure)
+    return [start + slope * np.array([p.split(",") for p in t.split()], float)[:, 1] for t in lines]
 
 
 def page_of(folder: Path) -> Page:
@@ -188,6 +245,185 @@ def test_a_step_written_twice_counts_once_with_its_later_line(tmp_path):
     assert "2 logged steps stand twice" in html
 
 
+def test_step_0_is_measured_before_training_and_no_step_of_it(tmp_path):
+    folder = write_watched_run(tmp_path / "out", experts=("single",))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"expert": "single", "step": 0} | held_out("single", 0)) + "\n")
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert row_of(html, "transformer")[1:3] == ["40 of 800", "38.5"]
+    assert "stand twice" not in html
+    assert [len(line) for line in drawn_lines(figure_of(folder, "Loss"), "raw")] == [40]
+
+
+def test_an_expert_that_was_only_measured_has_done_no_step(tmp_path):
+    folder = write_watched_run(tmp_path / "out", experts=("high",))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"expert": "low", "step": 0} | held_out("low", 0)) + "\n")
+    cells = row_of(write_report(folder).read_text(encoding="utf-8"), "low-noise")
+    # loss, flow, spectral and smoothness terms; held-out before and after; steps/s
+    assert cells[1:] == ["0 of 800", *["none"] * 4, "5", "none", "not logged", "none yet"]
+
+
+def test_summary_gives_the_held_out_loss_before_and_as_last_measured(tmp_path):
+    folder = write_watched_run(tmp_path / "out")
+    html = write_report(folder).read_text(encoding="utf-8")
+    before, after = held_out("high", 0)["held_out"], held_out("high", 40)["held_out"]
+    assert row_of(html, "high-noise")[6:8] == [f"{before:.4g}", f"{after:.4g}"]
+    assert "Held-out before" in html and "Held-out after" in html
+
+
+def test_held_out_loss_is_drawn_where_and_as_it_was_measured(tmp_path):
+    folder = write_watched_run(tmp_path / "out")
+    for title in ("Held-out loss, high-noise", "Held-out loss, low-noise"):
+        (line,) = drawn_lines(figure_of(folder, title), "smooth")
+        expected = [held_out("high", step)["held_out"] for step in (0, 20, 40)]
+        np.testing.assert_allclose(line, expected, atol=0.002)  # drawn to a tenth of 1/200 of it
+
+
+@pytest.mark.parametrize(("change", "least", "most"), [(0.1, 80, 158), (0.001, 1, 8)])
+def test_held_out_axis_shows_a_tenth_and_does_not_blow_up_a_thousandth(
+    tmp_path, change, least, most
+):
+    folder = write_watched_run(tmp_path / "out", steps=1, experts=("single",))
+    path = folder / "metrics.jsonl"
+    before, after = path.read_text().splitlines()
+    lines = [
+        json.loads(before) | {"held_out": 4.0},
+        json.loads(after) | {"held_out": 4 - 4 * change},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = figure_of(folder, "Held-out loss")
+    points = re.search(r'class="smooth line-0" points="([^"]+)"', figure)[1]
+    first, last = (float(point.split(",")[1]) for point in points.split())
+    assert least <= last - first <= most  # of the plot's 158 units
+    assert "The axis need not begin at 0." in figure
+
+
+@pytest.mark.parametrize("experts", [("single",), ("high", "low")])
+def test_held_out_by_sigma_shows_the_last_measurement_against_the_first(tmp_path, experts):
+    folder = write_watched_run(tmp_path / "out", experts=experts)
+    figure = figure_of(folder, "Held-out loss by sigma")
+    lines = drawn_lines(figure, "smooth")
+    assert len(lines) == 2 * len(experts)
+    for index, expert in enumerate(experts):
+        for line, step in zip(lines[2 * index :], (40, 0), strict=False):
+            expected = list(held_out(expert, step)["held_out_by_sigma"].values())
+            np.testing.assert_allclose(line, expected, atol=0.01)
+    assert re.findall(r'class="smooth line-0( dash-1)?"', figure) == ["", " dash-1"]
+    assert re.search(r"dash-0.*?as last measured.*?dash-1.*?before training", figure)
+    assert figure.count("at step 40: lower at 8 of 9 sigmas; change -10 to +10 %") == len(experts)
+
+
+def test_sigmas_of_two_experts_stand_apart_and_in_order(tmp_path):
+    figure = figure_of(write_watched_run(tmp_path / "out"), "Held-out loss by sigma")
+    places = {}
+    for colour, dots in re.findall(r'class="dots line-(\d)" d="([^"]+)"', figure):
+        places[colour] = [float(x) for x in re.findall(r"M([\d.]+) ", dots)]
+    assert len(places["0"]) == len(places["1"]) == 9
+    assert max(places["1"]) < min(places["0"])  # the low-noise expert's sigmas lie below
+    np.testing.assert_allclose(np.diff(places["1"] + places["0"]), 270 / 18, atol=0.11)
+    labels = re.findall(r'text-anchor="middle">(0\.\d{3})<', figure)
+    assert labels == sorted(labels) and labels[0] == "0.200" and len(labels) == 6
+
+
+def test_flow_by_sigma_is_the_mean_of_the_last_quarter(tmp_path):
+    figure = figure_of(write_watched_run(tmp_path / "out"), "Flow term by sigma")
+    seen = [np.mean([0.1 * s for s in range(31, 41) if s % 9 == place]) for place in range(9)]
+    for line in drawn_lines(figure, "smooth"):
+        np.testing.assert_allclose(line, seen, atol=0.01)
+    assert "last quarter of the steps (high-noise 31 to 40, low-noise 31 to 40)" in figure
+
+
+def test_gradient_shares_are_one_chart_with_a_labelled_line_a_term(tmp_path):
+    figure = figure_of(write_watched_run(tmp_path / "out"), "Gradient shares")
+    lines = drawn_lines(figure, "smooth")
+    np.testing.assert_allclose([line.mean() for line in lines], [0.1, 0.1, 0.02, 0.02], atol=1e-3)
+    styles = re.findall(r'class="smooth (line-\d(?: dash-\d)?)"', figure)
+    assert styles == ["line-0", "line-1", "line-0 dash-1", "line-1 dash-1"]
+    assert re.search(r"dash-0.*?Spectral term.*?dash-1.*?Smoothness term", figure)
+
+
+def test_motion_is_drawn_with_a_line_at_1(tmp_path):
+    figure = figure_of(write_watched_run(tmp_path / "out"), "Motion")
+    level = re.search(r'class="level" x1="56" x2="326" y1="([\d.]+)" y2="\1"', figure)[1]
+    tick = re.search(r'y="([\d.]+)" text-anchor="end">1<', figure)[1]
+    assert float(tick) - 4 == pytest.approx(float(level))
+    np.testing.assert_allclose(drawn_lines(figure, "raw")[0][:2], [0.75, 1.25], atol=0.01)
+
+
+def test_motion_far_below_1_still_shows_where_1_is(tmp_path):
+    folder = write_watched_run(tmp_path / "out", experts=("single",))
+    path = folder / "metrics.jsonl"
+    path.write_text(re.sub(r'"motion": [\d.]+', '"motion": 0.01', path.read_text()))
+    figure = figure_of(folder, "Motion")
+    level = float(re.search(r'class="level" x1="56" x2="326" y1="([\d.]+)"', figure)[1])
+    assert 8 <= level < 20  # the top of the plot
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Held-out loss, low-noise",
+        "Held-out loss by sigma",
+        "Flow term by sigma",
+        "Gradient shares",
+        "Motion",
+        "Spectral term",
+        "Smoothness term",
+    ],
+)
+def test_a_chart_says_what_to_look_for(tmp_path, title):
+    figure = figure_of(write_watched_run(tmp_path / "out"), title)
+    assert "Look for" in re.search(r"<figcaption>(.*)</figcaption>", figure)[1]
+
+
+def test_a_run_without_the_new_numbers_claims_nothing_of_them(tmp_path):
+    folder = write_run(tmp_path / "out")
+    page = page_of(folder)
+    for words in ("Gradient shares", "Motion", "by sigma", "Held-out before", "Scaled", "Look for"):
+        assert words not in page.text
+    assert "sound" not in page.text.split("Configuration")[0]
+    assert "held_out is not in metrics.jsonl" in page.text
+
+
+@pytest.mark.parametrize(
+    ("every", "clips", "why"),
+    [
+        (0, 3, "train.validate_every is 0"),
+        (200, 0, "data.held_out is 0"),
+        (200, None, "data.held_out is not set, and of few clips none is kept"),
+    ],
+)
+def test_no_held_out_loss_is_said_with_its_reason(tmp_path, every, clips, why):
+    folder = write_run(tmp_path / "out")
+    edit_config(folder, "train", validate_every=every)
+    edit_config(folder, "data", held_out=clips)
+    assert f"held_out is not in metrics.jsonl ({why})." in page_of(folder).text
+
+
+def test_terms_seldom_on_are_drawn_when_logged_and_missed_only_when_on(tmp_path):
+    folder = write_watched_run(tmp_path / "out", experts=("single",))
+    assert "Rollout term" not in page_of(folder).text
+    edit_config(folder, "rhythm", rollout_every=50, sound_weight={"high": 0.0, "low": 0.1})
+    text = page_of(folder).text
+    assert "rollout is not in metrics.jsonl (rhythm.rollout_every is 50)." in text
+    missing = "rhythm.sound_weight is 0.0 (high-noise), 0.1 (low-noise)"
+    assert f"sound is not in metrics.jsonl ({missing})." in text
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"tv": 0.4,', '"tv": 0.4, "sound": 3, "rollout": 2,'))
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert row_of(html, "transformer")[6:8] == ["3", "2"]
+    assert f"{missing}." in figure_of(folder, "Sound term")
+    assert "Look for a fall toward 0" in figure_of(folder, "Rollout term")
+
+
+def test_the_absolute_form_is_not_described_as_an_error(tmp_path):
+    folder = write_watched_run(tmp_path / "out")
+    edit_config(folder, "rhythm", spec_form="absolute")
+    assert "a video that freezes lowers it too" in figure_of(folder, "Spectral term")
+    assert "freezes" not in figure_of(folder, "Smoothness term")
+
+
 def test_no_videos_is_said_with_its_reason(tmp_path):
     folder = write_run(tmp_path / "out")
     assert "sample_before_lora.mp4 and sample_after_lora.mp4 are not" in page_of(folder).text
@@ -241,7 +477,7 @@ def test_any_finite_values_can_be_drawn(tmp_path, values):
     folder = write_run(tmp_path / "out", steps=0)
     lines = [
         json.dumps({"expert": "single", "step": step, "loss": value}) + "\n"
-        for step, value in enumerate(values)
+        for step, value in enumerate(values, start=1)
     ]
     (folder / "metrics.jsonl").write_text("".join(lines))
     points = " ".join(attrs["points"] for attrs in page_of(folder).all("polyline"))
@@ -327,7 +563,17 @@ def test_folder_without_a_run_is_a_user_mistake(tmp_path, missing):
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["", "\n", "[1]\n", '{"step": 1}\n', "oops\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "\n",
+        "[1]\n",
+        '{"step": 1}\n',
+        "oops\n",
+        '{"expert": "high", "step": 0, "held_out": 1}\n',
+    ],
+)
 def test_unreadable_metrics_are_a_user_mistake_naming_the_file(tmp_path, content):
     folder = write_run(tmp_path / "out")
     (folder / "metrics.jsonl").write_text(content)

@@ -9,7 +9,6 @@ import base64
 import io
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -25,19 +24,20 @@ from safetensors import SafetensorError, safe_open
 
 from tempolora.config import ConfigError
 from tempolora.files import replacing
+from tempolora.results.charts import note, number
+from tempolora.results.curves import (
+    TERMS,
+    Metrics,
+    by_expert,
+    called,
+    first_and_last_held_out,
+    held_out_figures,
+    series,
+    setting,
+    training_figures,
+)
 from tempolora.results.names import EXPERTS, lora_file_name, video_file_name
 
-EXPERT_NAMES = {"single": "transformer", "high": "high-noise", "low": "low-noise"}
-TERMS = {"loss": "Loss", "flow": "Flow term", "spectral": "Spectral term", "tv": "Smoothness term"}
-WEIGHT_KEYS = {"spectral": "rhythm.spec_weight", "tv": "rhythm.tv_weight"}
-OTHER_CURVES = {
-    "grad_norm": "Gradient norm",
-    "lr": "Learning rate",
-    "sigma": "Mean sigma",
-    "seconds": "Seconds per step",
-    "samples_per_s": "Samples per second",
-    "peak_gib": "Peak GPU memory in GiB",
-}
 VIDEOS = {"before": "Before: base model", "after": "After: with the LoRA"}
 VIDEO_CONTROLS = (
     '<p class="controls"><button id="play" type="button">Pause</button></p>'
@@ -48,11 +48,6 @@ VIDEO_CONTROLS = (
 FIRST_CAPTION = "the first caption of the data set (output.prompts is empty)"
 MAX_LISTED = 12  # line numbers in a remark
 STRIP_FRAMES, STRIP_WIDTH = 4, 560  # frames in a strip; its width in pixels
-SCHEDULED = {"lr"}  # known without noise: a running mean would only bend it
-CHART_W, CHART_H = 340, 200
-PLOT = (56, 8, CHART_W - 14, CHART_H - 34)  # left, top, right, bottom
-
-Metrics = dict[str, list[dict[str, Any]]]
 
 
 def write_report(folder: Path) -> Path:
@@ -70,11 +65,12 @@ def write_report(folder: Path) -> Path:
         title=escape(heading),
         heading=escape(heading),
         facts=_facts(config),
-        notes="".join(_note(text) for text in notes),
+        notes="".join(note(text) for text in notes),
         videos=_videos(folder, config),
         summary=_summary(folder, config, metrics),
         loras=_loras(folder, metrics),
-        curves=_curves(config, metrics),
+        held_out=held_out_figures(config, metrics),
+        curves=training_figures(config, metrics),
         config=escape(json.dumps(config, indent=2, ensure_ascii=False)),
     )
     path = folder / "report.html"
@@ -101,7 +97,7 @@ def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
     """Per expert its lines in order of step, and remarks for the page.
 
     A resumed run writes again the steps after its checkpoint: the later line counts. Lines that a
-    killed run left torn are skipped.
+    killed run left torn are skipped. Step 0 is what was measured before training.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -111,17 +107,17 @@ def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
         ) from None
     by_step: dict[str, dict[int, dict[str, Any]]] = {}
     torn, repeated = [], 0
-    for number, line in enumerate(text.split("\n"), start=1):
+    for row, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         entry = _metrics_entry(line)
         if entry is None:
-            torn.append(number)
+            torn.append(row)
             continue
         steps = by_step.setdefault(entry["expert"], {})
-        repeated += entry["step"] in steps
+        repeated += entry["step"] > 0 and entry["step"] in steps
         steps[entry["step"]] = entry
-    if not by_step:
+    if not any(step > 0 for steps in by_step.values() for step in steps):
         raise ConfigError(f"{path}: holds no steps; train first")
     notes = [_torn_note(torn)] if torn else []
     if repeated:
@@ -135,7 +131,10 @@ def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
 
 
 def _metrics_entry(line: str) -> dict[str, Any] | None:
-    """A line's values, or None for what no run has written whole."""
+    """A line's values, or None for what no run has written whole.
+
+    What is grouped gets names of its own, as in TensorBoard: flow_by_sigma/0.912.
+    """
     try:
         entry = json.loads(line)
     except ValueError:
@@ -145,7 +144,13 @@ def _metrics_entry(line: str) -> dict[str, Any] | None:
         and isinstance(entry.get("expert"), str)
         and isinstance(entry.get("step"), int)
     )
-    return entry if whole else None
+    if not whole:
+        return None
+    values = {}
+    for name, value in entry.items():
+        grouped = isinstance(value, dict)
+        values |= {f"{name}/{part}": v for part, v in value.items()} if grouped else {name: value}
+    return values
 
 
 def _torn_note(numbers: Sequence[int]) -> str:
@@ -157,16 +162,6 @@ def _torn_note(numbers: Sequence[int]) -> str:
     )
 
 
-def _setting(config: dict[str, Any], key: str) -> Any:
-    """The value at "section.key", or None if the run's config does not hold it."""
-    section, _, name = key.partition(".")
-    return config.get(section, {}).get(name)
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
 def _facts(config: dict[str, Any]) -> str:
     model, data = config.get("model", {}), config.get("data", {})
     fps = f"{data['fps']:g} fps" if data.get("fps") else "native frame rate"
@@ -175,21 +170,21 @@ def _facts(config: dict[str, Any]) -> str:
         model.get("variant"),
         model.get("task"),
         f"{data.get('num_frames')} frames, {data.get('width')} x {data.get('height')}, {fps}",
-        f"LoRA: {_setting(config, 'lora.target')}, rank {_setting(config, 'lora.rank')}",
+        f"LoRA: {setting(config, 'lora.target')}, rank {setting(config, 'lora.rank')}",
     ]
     line = " &middot; ".join(escape(str(part)) for part in parts if part)
     return f'<p class="soft">{line}</p>'
 
 
 def _videos(folder: Path, config: dict[str, Any]) -> str:
-    prompts = _setting(config, "output.prompts") or [FIRST_CAPTION]
+    prompts = setting(config, "output.prompts") or [FIRST_CAPTION]
     pairs = [{when: video_file_name(when, n + 1) for when in VIDEOS} for n in range(len(prompts))]
     present = {name for pair in pairs for name in pair.values() if (folder / name).is_file()}
     if not present:
-        if _setting(config, "output.sample_steps") == 0:
-            return _note("No videos: output.sample_steps is 0.")
+        if setting(config, "output.sample_steps") == 0:
+            return note("No videos: output.sample_steps is 0.")
         names = " and ".join(pairs[0].values())
-        return _note(f"No videos: {names} are not in the folder; training writes them.")
+        return note(f"No videos: {names} are not in the folder; training writes them.")
     pairs_shown = "".join(map(_pair, itertools.repeat(folder), pairs, prompts))
     return (VIDEO_CONTROLS if "<video " in pairs_shown else "") + pairs_shown
 
@@ -210,7 +205,7 @@ def _pair(folder: Path, names: dict[str, str], prompt: str) -> str:
     figures = []
     for when, title in VIDEOS.items():
         if when in problems:
-            body = _note(problems[when])
+            body = note(problems[when])
         else:
             body = _video(names[when], title, frames[when], row[len(frames[when][0])])
         figures.append(f"<figure><h3>{escape(title)}</h3>{body}</figure>")
@@ -268,20 +263,27 @@ def _png(image_HW3: np.ndarray) -> str:
 
 
 def _summary(folder: Path, config: dict[str, Any], metrics: Metrics) -> str:
-    planned = _setting(config, "train.max_steps")
-    terms = [term for term in TERMS if any(_series(lines, term)[0] for lines in metrics.values())]
-    head = ["Expert", "Steps", *(TERMS[term] for term in terms), "Steps/s", "LoRA file"]
+    planned = setting(config, "train.max_steps")
+    terms = [term for term in TERMS if any(series(lines, term)[0] for lines in metrics.values())]
+    head = ["Expert", "Steps", *(TERMS[term] for term in terms)]
+    explained = "Losses are means over the last tenth of the steps, steps/s is the median."
+    held_out = bool(by_expert(metrics, "held_out"))
+    if held_out:
+        head += ["Held-out before", "Held-out after"]
+        explained += " Held-out loss is before training and as last measured."
     rows = []
     for expert, lines in metrics.items():
         done = lines[-1]["step"]
         steps = f"{done} of {planned}" if planned else str(done)
-        finals = [_number(_tail_mean(_series(lines, term)[1])) for term in terms]
-        seconds = _series(lines, "seconds")[1]
-        rate = _number(1 / statistics.median(seconds)) if seconds else "not logged"
+        losses = [_tail_mean(series(lines, term)[1]) for term in terms]
+        if held_out:
+            losses += [line.get("held_out") for line in first_and_last_held_out(lines)]
+        seconds = series(lines, "seconds")[1]
+        rate = number(1 / statistics.median(seconds)) if seconds else "not logged"
         file = folder / lora_file_name(expert) if expert in EXPERTS else None
         size = _bytes(file.stat().st_size) if file and file.is_file() else "none yet"
-        rows.append([escape(EXPERT_NAMES.get(expert, expert)), steps, *finals, rate, size])
-    explained = "Losses are means over the last tenth of the steps, steps/s is the median."
+        rows.append([escape(called(expert)), steps, *map(number, losses), rate, size])
+    head += ["Steps/s", "LoRA file"]
     return _table(head, rows, first_number=1) + f'<p class="caption">{explained}</p>'
 
 
@@ -292,12 +294,12 @@ def _loras(folder: Path, metrics: Metrics) -> str:
         path = folder / lora_file_name(expert)
         if not path.is_file():
             if expert in trained:
-                notes.append(_note(f"{path.name} is not there yet: training writes it at its end."))
+                notes.append(note(f"{path.name} is not there yet: training writes it at its end."))
             continue
         try:
             ranks, metadata = _lora_header(path)
         except (OSError, SafetensorError) as error:
-            notes.append(_note(f"{path.name} cannot be read: {error}"))
+            notes.append(note(f"{path.name} cannot be read: {error}"))
             continue
         rank = ", ".join(str(rank) for rank in sorted(set(ranks)))
         size = _bytes(path.stat().st_size)
@@ -328,136 +330,8 @@ def _parsed(value: str) -> Any:
         return value
 
 
-def _series(lines: list[dict[str, Any]], term: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one term, where it was logged as a finite number."""
-    points = [
-        (line["step"], float(line[term]))
-        for line in lines
-        if isinstance(line.get(term), int | float) and math.isfinite(line[term])
-    ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 def _tail_mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values[-max(1, len(values) // 10) :]) if values else None
-
-
-def _curves(config: dict[str, Any], metrics: Metrics) -> str:
-    known = {**TERMS, **OTHER_CURVES}
-    logged = {key for lines in metrics.values() for line in lines for key in line}
-    further = sorted(logged - known.keys() - {"expert", "step"})
-    charts = []
-    for term, title in [*known.items(), *((name, name) for name in further)]:
-        curves = {expert: _series(lines, term) for expert, lines in metrics.items()}
-        if any(steps for steps, _ in curves.values()):
-            chart = _chart(term, curves)
-        elif term in TERMS:
-            weight = WEIGHT_KEYS.get(term)
-            why = f" ({weight} is {_setting(config, weight)})" if weight else ""
-            chart = _note(f"{term} is not in metrics.jsonl{why}.")
-        else:
-            continue  # not a term of the loss: nothing was promised
-        charts.append(f'<figure class="card chart"><h3>{escape(title)}</h3>{chart}</figure>')
-    legend = "".join(
-        f'<span><svg viewBox="0 0 16 6"><line class="line-{i % 3}" x2="16" y1="3" y2="3"/></svg>'
-        f"{escape(EXPERT_NAMES.get(expert, expert))}</span>"
-        for i, expert in enumerate(metrics)
-    )
-    explained = "<span class='soft'>thin: each logged step; thick: running mean</span>"
-    return f'<p class="legend">{legend}{explained}</p><div class="charts">{"".join(charts)}</div>'
-
-
-def _chart(term: str, curves: dict[str, tuple[list[int], list[float]]]) -> str:
-    """One term over optimizer steps, every expert in its own colour, as inline SVG.
-
-    The axis ends at twice the 98th percentile: a few outliers must not flatten the rest.
-    """
-    left, top, right, bottom = PLOT
-    smoothed = {
-        expert: values if term in SCHEDULED else _running_mean(values)
-        for expert, (_, values) in curves.items()
-    }
-    every = [value for _, values in curves.values() for value in values]
-    floor = min(0.0, *every)
-    usual = float(np.quantile(every, 0.98, method="lower"))
-    ceiling = min(max(every), floor + 2 * (usual - floor)) if usual > floor else max(every)
-    ticks_y = _ticks(floor, ceiling)
-    floor, ceiling = min(floor, ticks_y[0]), max(ceiling, ticks_y[-1])
-    last = max(step for steps, _ in curves.values() for step in steps)
-    ticks_x = _ticks(0, last, whole=True)
-    end = max(last, 1)
-
-    def points(steps: Sequence[int], values: Sequence[float]) -> str:
-        xs = (left + (right - left) * step / end for step in steps)
-        ys = (bottom - (bottom - top) * (value - floor) / (ceiling - floor) for value in values)
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-
-    parts = []
-    for tick, label in zip(ticks_y, _tick_labels(ticks_y), strict=True):
-        y = bottom - (bottom - top) * (tick - floor) / (ceiling - floor)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in ticks_x:
-        x = left + (right - left) * tick / end
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.0f}</text>')
-    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
-    parts.append(f'<text x="{middle_x}" y="{CHART_H - 3}" text-anchor="middle">step</text>')
-    parts.append(
-        f'<text transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle">'
-        f"{escape(term)}</text>"
-    )
-    # a nested svg clips to the plot without needing an id that is unique in the page
-    parts.append(f'<svg x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" ')
-    parts.append(f'viewBox="{left} {top} {right - left} {bottom - top}">')
-    for kind in ("raw", "smooth"):
-        for i, (expert, (steps, values)) in enumerate(curves.items()):
-            shown = values if kind == "raw" else smoothed[expert]
-            parts.append(f'<polyline class="{kind} line-{i % 3}" points="{points(steps, shown)}"/>')
-    parts.append("</svg>")
-    above = sum(value > ceiling for value in every)
-    caption = f"<figcaption>{above} of {len(every)} points lie above</figcaption>" if above else ""
-    label = f"{term} over optimizer steps"
-    return (
-        f'<svg viewBox="0 0 {CHART_W} {CHART_H}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>{caption}"
-    )
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Centred mean over a tenth of the run, with shorter windows at both ends."""
-    reach = len(values) // 20
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    return ((total[high] - total[low]) / (high - low)).tolist()
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Three to six round numbers that cover low to high (whole: inside it, integers)."""
-    if high <= low:
-        high = low + 1
-    rough = (high - low) / 4
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
-    if whole:
-        step = max(1, round(step))
-    first = math.floor(low / step + 1e-9)
-    last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def _tick_labels(ticks: Sequence[float]) -> list[str]:
-    """All in one form, and none so long that it would meet the name of the axis."""
-    if 0.01 <= max(map(abs, ticks)) < 1e5:
-        return [_number(tick) for tick in ticks]
-    parts = (f"{tick:.2e}".split("e") for tick in ticks)
-    return [
-        f"{float(mantissa):g}e{int(power)}" if float(mantissa) else "0" for mantissa, power in parts
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
 
 
 def _bytes(count: int) -> str:
