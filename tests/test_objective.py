@@ -201,11 +201,12 @@ def test_motion_change_tells_a_frozen_estimate_from_a_moving_one():
     truth = drawn.noise_BCTHW - drawn.latents_BCTHW
     made.note(drawn, made.compare(drawn, truth))
     made.settle(ALONE)
-    assert made.motion_change(drawn, made.compare(drawn, truth)).abs().max() < 1e-3
+    assert made.motion_change(drawn, made.compare(drawn, truth))[0].abs().max() < 1e-3
     still = drawn.latents_BCTHW.mean(dim=2, keepdim=True)
     x0_hat = still + 0.5 * (drawn.latents_BCTHW - still)
     v_hat = (made.noised(drawn) - x0_hat) / drawn.sigma_B.view(-1, 1, 1, 1, 1)
-    change = made.motion_change(drawn, made.compare(drawn, v_hat))
+    change, to_clip = made.motion_change(drawn, made.compare(drawn, v_hat))
+    assert torch.equal(to_clip, made.motion_log_ratio(drawn, v_hat))
     # half the motion, a quarter of its energy; the readout's edge groups see the mean too
     assert change.mean().item() == pytest.approx(torch.tensor(0.25).log().item(), abs=0.3)
 

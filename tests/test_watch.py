@@ -39,6 +39,7 @@ def test_a_logged_step_has_every_term_its_gradient_share_and_the_loss_by_sigma()
     assert set(values["grad_share"]) == {"spectral", "tv"}
     assert values["grad_norm"] == 0.5 and values["lr"] == 1e-4
     assert 0 < values["motion"] < math.inf
+    assert 0 < values["motion_to_clip"] < math.inf
     by_sigma = {float(sigma): loss for sigma, loss in values["flow_by_sigma"].items()}
     assert len(by_sigma) == 3
     for sigma, loss in flows.items():
@@ -50,10 +51,10 @@ def test_a_logged_step_has_every_term_its_gradient_share_and_the_loss_by_sigma()
     assert len(watch.values(made, 8, torch.tensor(0.5), 1e-4)["flow_by_sigma"]) <= 2
 
 
-def hear(alarm, ratio, times, shares, caplog):
+def hear(alarm, ratio, times, shares, caplog, to_clip=0.5):
     with caplog.at_level(logging.WARNING):
         for step in range(times):
-            alarm.hear(step, math.log(ratio), shares)
+            alarm.hear(step, math.log(ratio), math.log(to_clip), shares)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -74,3 +75,8 @@ def test_motion_like_the_bases_or_stronger_is_no_alarm(caplog):
     assert not hear(FreezeAlarm(), 0.75, 200, {}, caplog)
     assert not hear(FreezeAlarm(), 3.0, 200, {}, caplog)
     assert not hear(FreezeAlarm(), 0.1, FREEZE_WINDOW - 1, {}, caplog)
+
+
+def test_an_estimate_that_moves_more_than_its_clip_may_calm_down(caplog):
+    """A bad base's estimate is full of noise, which counts as motion until it is learned away."""
+    assert not hear(FreezeAlarm(), 0.3, 200, {}, caplog, to_clip=5.0)

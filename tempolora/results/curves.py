@@ -67,7 +67,7 @@ MEANINGS = {
     "grad_share": "Gradient of each weighted term over that of the flow term, at the prediction. "
     "Look for shares well below 1: at 1 a term pulls as hard as the flow term.",
     "motion": "Motion energy of the clean estimate over the base model's at the same sigma. Look "
-    "for a mean near 1: where it stays below 0.7, motion freezes.",
+    "for a mean near 1: where it stays below 0.7, motion may be freezing.",
     "flow_by_sigma": "Look for the sigmas where the error is largest.",
     "held_out": "Look for a fall that lasts: a rise while the training loss falls is overfitting. "
     "The axis need not begin at 0.",

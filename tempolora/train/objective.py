@@ -205,10 +205,11 @@ class Objective:
         )
         return (moved / moving).log()
 
-    def motion_change(self, batch: Batch, outcome: Outcome) -> Tensor:
-        """The log ratio above against the base's at the same sigma, (B,)."""
+    def motion_change(self, batch: Batch, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        """The log ratio above against the base's at the same sigma, and the ratio itself, (B,)."""
         now_B, fit = self.motion_log_ratio(batch, outcome.v_hat_BCTHW), self._fits[MOTION]
-        return now_B - fit(batch.sigma_B) if fit.points else torch.full_like(now_B, torch.nan)
+        base_B = fit(batch.sigma_B) if fit.points else torch.full_like(now_B, torch.nan)
+        return now_B - base_B, now_B
 
     def gradient_shares(self, batch: Batch, outcome: Outcome) -> dict[str, Tensor]:
         """Norm of each weighted term's gradient over that of the flow term, at the prediction.

@@ -67,13 +67,13 @@ class Watch:
         """The step's numbers, means over all processes. Copies from the device and so waits."""
         means = self._means(objective)
         shares = {n[6:]: means.pop(n) for n in list(means) if n.startswith("share/")}
-        change = means.pop("motion")
+        change, to_clip = means.pop("motion"), means.pop("motion_to_clip")
         values = means | {"grad_norm": norm.item(), "lr": lr}
         if shares:
             values["grad_share"] = shares
         if not math.isnan(change):
-            values["motion"] = math.exp(change)
-            self._alarm.hear(step, change, shares)
+            values |= {"motion": math.exp(change), "motion_to_clip": math.exp(to_clip)}
+            self._alarm.hear(step, change, to_clip, shares)
         values["flow_by_sigma"] = self._flow_by_sigma()
         seconds = time.perf_counter() - self._began
         samples = len(self.keys) * self._world.size
@@ -87,7 +87,8 @@ class Watch:
         local = {name: torch.stack([row[name] for row in terms]).mean() for name in terms[0]}
         shares = objective.gradient_shares(*self._last)
         local |= {f"share/{name}": share for name, share in shares.items()}
-        local["motion"] = objective.motion_change(*self._last).mean()
+        change_B, to_clip_B = objective.motion_change(*self._last)
+        local |= {"motion": change_B.mean(), "motion_to_clip": to_clip_B.mean()}
         means = self._world.mean(torch.stack([v.float() for v in local.values()])).tolist()
         return dict(zip(local, means, strict=True))
 
@@ -99,20 +100,24 @@ class Watch:
 
 
 class FreezeAlarm:
-    """Warns where the clean estimate moves clearly less than the base's at the same sigma."""
+    """Warns where the clean estimate moves clearly less than the base's at the same sigma, and less
+    than the clip does: an estimate that moves more than its clip is noisy, and may well calm down.
+    """
 
     def __init__(self) -> None:
-        self._changes: deque[float] = deque(maxlen=FREEZE_WINDOW)
+        self._heard: deque[tuple[float, float]] = deque(maxlen=FREEZE_WINDOW)
 
-    def hear(self, step: int, change: float, shares: dict[str, float]) -> None:
-        """change: log of the motion energy against the base's. shares: of the terms' gradients."""
-        self._changes.append(change)
-        if len(self._changes) < FREEZE_WINDOW:
+    def hear(self, step: int, change: float, to_clip: float, shares: dict[str, float]) -> None:
+        """change, to_clip: log of the estimate's motion energy against the base's and against the
+        clip's. shares: of the terms' gradients."""
+        self._heard.append((change, to_clip))
+        if len(self._heard) < FREEZE_WINDOW:
             return
-        ratio = math.exp(sum(self._changes) / FREEZE_WINDOW)
-        if ratio >= FREEZE_BELOW:
+        mean_change, mean_to_clip = (sum(log) / FREEZE_WINDOW for log in zip(*self._heard))
+        ratio = math.exp(mean_change)
+        if ratio >= FREEZE_BELOW or mean_to_clip >= 0:
             return
-        self._changes.clear()  # speak again after as many steps
+        self._heard.clear()  # speak again after as many steps
         heavy = max(shares, key=shares.get, default=None)
         advice = (
             f"the {heavy} term's gradient is {shares[heavy]:.0%} of the flow's: lower its weight"
