@@ -17,9 +17,8 @@ from torch import Tensor
 from tempolora.rhythm.kernels import flow_and_probe, probe_energy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# A stored gradient is rounded, scaled and rounded again: sqrt(2) as much as once, and some room.
 # Triton's interpreter cuts off what a bfloat16 has no room for, where a GPU rounds to nearest.
-BF16_SLACK = 1.6 if DEVICE == "cuda" else 2.3
+BF16_SLACK = 1.0 if DEVICE == "cuda" else 2.3
 HALF = (torch.bfloat16, torch.float16)
 
 
