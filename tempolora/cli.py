@@ -82,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
     export.add_argument("--out", type=Path, help="folder for the file; by default as trained")
+    evaluate = command("evaluate", _evaluate, "Measure the flicker and motion of a folder of mp4s.")
+    evaluate.add_argument("--videos", type=Path, required=True, help="folder of mp4s to measure")
+    evaluate.add_argument(
+        "--reference", type=Path, help="folder of real clips that excess is relative to"
+    )
+    evaluate.add_argument("--truth", type=Path, help="truth.json of drawn clips, by file name")
+    evaluate.add_argument(
+        "--audio", action="store_true", help="match motion with the videos' own soundtracks"
+    )
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
     return parser
@@ -129,7 +139,7 @@ def _precompute(options: argparse.Namespace) -> None:
 def _check_source(cfg: Config) -> None:
     """Find the mistakes in the clip list before anything is loaded; draw the toy set if asked."""
     from tempolora.data.clips import list_clips
-    from tempolora.data.toy import draw_toy_set
+    from tempolora.data.toy_set import draw_toy_set
 
     source = Path(cfg.data.source)
     if cfg.data.draw_toy and place()[0] > 0:
@@ -213,6 +223,23 @@ def _export(options: argparse.Namespace) -> None:
     from tempolora.train.checkpoint import open_checkpoint
 
     log.info("wrote %s", export_checkpoint(open_checkpoint(options.checkpoint), options.out))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    cfg = load_config(options.config or default_config(), options.set)
+    from tempolora.results.evaluate import Settings, evaluate
+
+    rhythm = cfg.rhythm
+    settings = Settings(rhythm.spec_cutoff_hz, rhythm.band_hz, cfg.data.decode_timeout_s)
+    page = evaluate(
+        options.videos,
+        options.out,
+        settings,
+        reference=options.reference,
+        truth=options.truth,
+        audio=options.audio,
+    )
+    log.info("wrote %s", page)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from tempolora.config import ConfigError
 from tempolora.data.clips import ClipRejected, WindowSpec, list_clips, read_clip
-from tempolora.data.toy import KINDS, Motion, draw_clip, random_motion
+from tempolora.data.toy import KINDS, Scenes, draw_scenes, render, scene
 from tempolora.files import replacing
 from tempolora.model import tinywan, wan
 from tempolora.variants import TEMPORAL_STRIDE, VARIANTS
@@ -62,7 +62,9 @@ def draw_pool(count: int, seed: int, workers: int) -> np.ndarray:
     pool = np.empty((count, POOL_FRAMES, POOL_SIZE, POOL_SIZE, 3), np.uint8)
     seeds = [(seed, index) for index in range(count)]
     with (
-        multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as many
+        multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,))
+        if workers > 1
+        else nullcontext() as many
     ):
         clips = many.imap(draw_one, seeds, chunksize=8) if many else map(draw_one, seeds)
         for index, clip in enumerate(tqdm(clips, "drawing", count, disable=None)):
@@ -85,15 +87,13 @@ def draw_one(seed: tuple[int, int]) -> np.ndarray:
 
 
 def _draw(size: int, fps: float, rng: np.random.Generator) -> np.ndarray:
-    motion, _ = random_motion(str(rng.choice(KINDS)), size, size, rng)
-    motion = replace(
-        motion,
-        hz=float(np.exp(rng.uniform(np.log(MIN_HZ), np.log(MAX_HZ)))),
-        longest_wave_px=float(rng.uniform(24, 128)),
-        tint=tuple(int(level) for level in rng.integers(20, 236, 3)),
-        ground=tuple(int(level) for level in rng.integers(20, 236, 3)),
+    drawn = replace(
+        draw_scenes(1, rng, hz=(MIN_HZ, MAX_HZ)),
+        waves_N2=torch.tensor([[6, rng.uniform(24, 128)]]) / size,
+        tint_N3=torch.from_numpy(rng.uniform(20, 236, (1, 3))).float() / 255,
+        ground_N3=torch.from_numpy(rng.uniform(20, 236, (1, 3))).float() / 255,
     )
-    return draw_clip(motion, fps=fps, num_frames=POOL_FRAMES, height=size, width=size)
+    return render(drawn, fps=fps, num_frames=POOL_FRAMES, height=size, width=size)[0].numpy()
 
 
 def real_windows(folder: Path) -> list[list[np.ndarray]]:
@@ -372,11 +372,14 @@ def scale_latents(vae: nn.Module, clips_BFHW3: Tensor) -> None:
 def drawn_clips(count: int, seed: int) -> np.ndarray:
     """Clips of the toy set as the demo draws them, 49 frames of 64x64: uint8 (N, F, H, W, 3)."""
     rng = np.random.default_rng([seed, 1])
+    kinds = [KINDS[n % len(KINDS)] for n in range(count)]
+    return _measured([draw_scenes(1, rng, kinds=(kind,), hz=(1.0, 4.0)) for kind in kinds])
+
+
+def _measured(scenes: list[Scenes]) -> np.ndarray:
     size = {"height": MEASURE_SIZE, "width": MEASURE_SIZE}
-    motions = [random_motion(KINDS[n % len(KINDS)], **size, rng=rng)[0] for n in range(count)]
-    return np.stack(
-        [draw_clip(m, fps=MEASURE_FPS, num_frames=MEASURE_FRAMES, **size) for m in motions]
-    )
+    together = Scenes.cat(scenes)
+    return render(together, fps=MEASURE_FPS, num_frames=MEASURE_FRAMES, **size).numpy()
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -433,12 +436,10 @@ def swinging_gratings(frequencies_hz: tuple[float, ...], pitch_px: float) -> np.
 
 def swinging_squares(frequencies_hz: tuple[float, ...]) -> np.ndarray:
     """A light square on dark ground that swings by 6 px, at each frequency: (N, F, H, W, 3)."""
-    size = {"height": MEASURE_SIZE, "width": MEASURE_SIZE}
-    look = {"tint": (230, 230, 230), "ground": (40, 40, 40), "textured": False}
-    motions = [Motion("square", hz, 0.7, 6.0, **look) for hz in frequencies_hz]
-    return np.stack(
-        [draw_clip(m, fps=MEASURE_FPS, num_frames=MEASURE_FRAMES, **size) for m in motions]
-    )
+    look = {"tint": (230, 230, 230), "ground": (40, 40, 40)}
+    look |= {"texture": "flat", "ground_texture": "flat"}
+    swing = 6 / MEASURE_SIZE
+    return _measured([scene("slide", hz, 0.7, swing, **look) for hz in frequencies_hz])
 
 
 def track_brightness(luma_NFHW: np.ndarray) -> np.ndarray:
@@ -524,10 +525,8 @@ def _comb_figures(vae: nn.Module) -> dict[str, float]:
 
 def _textured_still() -> np.ndarray:
     """(H, W, 3) floats around a middle brightness, nowhere near black or white."""
-    motion = Motion("pan", 1.0, 0.0, 0.0, tint=(120, 110, 100), seed=5)
-    size = {"height": MEASURE_SIZE, "width": MEASURE_SIZE}
-    picture = draw_clip(motion, fps=MEASURE_FPS, num_frames=1, **size)[0]
-    return 110 + 0.6 * (picture.astype(np.float64) - 110)
+    still = scene("pan", 1.0, amplitude=0.0, size=0.0, ground=(120, 110, 100), seed=5)
+    return 110 + 0.6 * (_measured([still])[0, 0].astype(np.float64) - 110)
 
 
 # --- Commands -------------------------------------------------------------------------------------

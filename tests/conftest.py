@@ -69,7 +69,7 @@ def overrides(*settings: str) -> list[str]:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six drawn clips with prompts.txt, really encoded: 17 frames of 64x64 at 16 fps."""
-    from tempolora.data.toy import draw_toy_set
+    from tempolora.data.toy_set import draw_toy_set
 
     folder = tmp_path_factory.mktemp("toy") / "clips"
     draw_toy_set(folder, fps=16, num_frames=17, height=64, width=64, clips=6, seed=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tempolora.data.audio import has_sound, onset_envelope
-from tempolora.data.toy import click_track
+from tempolora.data.toy_set import click_track
 
 TIMES_S = np.arange(49) / 16
 

@@ -10,7 +10,8 @@ from tempolora.config import ConfigError
 from tempolora.data import clips
 from tempolora.data.audio import has_sound
 from tempolora.data.clips import ClipRejected, WindowSpec, list_clips, read_clip
-from tempolora.data.toy import Motion, click_track, draw_clip
+from tempolora.data.toy import scene
+from tempolora.data.toy_set import click_track, draw_frames
 from tempolora.data.video import write_mp4
 
 SPEC = WindowSpec(16, 9, 32, 48, "first", 2, "auto")
@@ -89,9 +90,9 @@ def test_a_symlink_out_of_the_folder_is_refused(tmp_path):
 
 
 def drawn(path, fps, seconds, audio=None, rate=None, height=48, width=64):
-    motion = Motion("square", 1.5, 0.3, 8)
+    motion = scene("slide", 1.5, 0.3, 8 / min(height, width))
     num = round(seconds * fps)
-    frames = draw_clip(motion, fps=float(fps), num_frames=num, height=height, width=width)
+    frames = draw_frames(motion, fps=float(fps), num_frames=num, height=height, width=width)
     write_mp4(path, frames, fps, audio, rate)
     return frames
 
@@ -256,7 +257,7 @@ def test_a_worker_that_crashes_fails_or_hangs_rejects_only_its_clip(
 
 
 def test_a_playlist_is_no_video_whatever_its_name(tmp_path):
-    frames = draw_clip(Motion("square", 1.0, 0.0, 6.0), fps=16, num_frames=12, height=32, width=48)
+    frames = draw_frames(scene("slide", 1.0), fps=16, num_frames=12, height=32, width=48)
     write_mp4(tmp_path / "real.mp4", frames, 16)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile real.mp4\n")
     with pytest.raises(ClipRejected, match="playlist"):

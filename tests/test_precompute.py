@@ -27,7 +27,8 @@ from tempolora.data.shards import (
     sample_key,
     verify_shards,
 )
-from tempolora.data.toy import Motion, draw_clip
+from tempolora.data.toy import scene
+from tempolora.data.toy_set import draw_frames
 from tempolora.data.video import write_mp4
 from tempolora.model import wan
 from tempolora.model.encoders import WanEncoders
@@ -190,10 +191,9 @@ def test_a_copied_data_set_with_new_times_is_not_made_again(config, data):
 def test_rejected_clips_are_listed_with_their_reasons_and_not_tried_again(
     config, data, tmp_path, caplog
 ):
-    motion = Motion("square", 1.0, 0.0, 8.0)
-    slow = draw_clip(motion, fps=8, num_frames=20, height=64, width=64)
+    slow = draw_frames(scene("slide", 1.0), fps=8, num_frames=20, height=64, width=64)
     write_mp4(data / "slow.mp4", slow, 8)
-    (data / "torn.mp4").write_bytes(next(data.glob("ball*")).read_bytes()[:900])
+    (data / "torn.mp4").write_bytes(next(data.glob("slide*")).read_bytes()[:900])
     with (data / "prompts.txt").open("a") as file:
         file.write("slow.mp4|too slow\ntorn.mp4|torn\n")
     with caplog.at_level(logging.INFO):

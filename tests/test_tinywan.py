@@ -10,16 +10,19 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from transformers import AutoTokenizer
 
 from tempolora.config import ModelConfig
-from tempolora.data.toy import KINDS, Motion, draw_clip, random_motion
+from tempolora.data.toy import KINDS, Scenes, draw_scenes, render, scene
 from tempolora.model import tinywan as module
 from tempolora.model import wan
 from tempolora.variants import VARIANTS
 
 PARTS = ("transformer", "vae", "text_encoder")
 SIZE = {"fps": 16.0, "num_frames": 17, "height": 64, "width": 64}
-MOTIONS = [
-    random_motion(kind, 64, 64, np.random.default_rng([7, n]))[0] for n, kind in enumerate(KINDS)
-]
+SCENES = Scenes.cat(
+    [
+        draw_scenes(1, np.random.default_rng([7, n]), kinds=(kind,), hz=(1.0, 4.0))
+        for n, kind in enumerate(KINDS)
+    ]
+)
 
 
 def build(folder, variant="t2v_a14b"):
@@ -114,7 +117,7 @@ def passed(tinywan):
     def through(variant):
         model = ModelConfig(id=str(tinywan(variant)), variant=variant, base="fp32")
         vae = wan.load_vae(model, "cpu")
-        clips = torch.from_numpy(np.stack([draw_clip(motion, **SIZE) for motion in MOTIONS]))
+        clips = render(SCENES, **SIZE)
         latents = wan.encode_video(vae, clips)
         return clips, latents, wan.decode_video(vae, latents)
 
@@ -148,10 +151,10 @@ def test_the_shipped_vae_passes_pulses_and_motion_from_1_to_5_hz(tinywan, varian
     for hz in (1.0, 3.0, 5.0):
         turn = 2 * np.pi * hz * np.arange(33) / 16 + 0.7
         pulse = np.broadcast_to(120 + 40 * np.cos(turn)[:, None, None, None], (33, 32, 32, 3))
-        square = draw_clip(
-            Motion("square", hz, 0.7, 6.0, (230, 230, 230), (40, 40, 40), textured=False),
-            **SIZE | {"num_frames": 33},
-        )
+        look = {"tint": (230, 230, 230), "ground": (40, 40, 40)}
+        look |= {"texture": "flat", "ground_texture": "flat"}
+        square = render(scene("slide", hz, 0.7, 6 / 64, **look), **SIZE | {"num_frames": 33})
+        square = square[0].numpy()
         for clip, track, low, high in (
             (pulse, lambda video: video.mean((1, 2, 3)), 0.9, 1.1),
             (square, centre_x, lowest, 1.2),

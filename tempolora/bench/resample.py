@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 
 from tempolora.data import resample
-from tempolora.data.toy import Motion, draw_clip
+from tempolora.data.toy import COLOURS, Scenes, scene
+from tempolora.data.toy_set import draw_frames
 from tempolora.data.video import write_mp4
 
 FPS = 16
@@ -29,11 +30,13 @@ MODES = ("auto", "nearest", "blend")
 # At exactly 4 Hz a 16 fps clip has four different pictures, and how much of it lies above 6 Hz
 # hangs on where in the swing they fall; two phases an eighth of a turn apart even that out.
 PHASES = (0.0, np.pi / 4)
+HEIGHT, WIDTH = 96, 128
+PAN = {"kind": "pan", "size": 0.0, "ground": COLOURS["red"]}  # an empty plane with waves
 MOVERS = {
-    "plain square": {"kind": "square", "textured": False},
-    "textured square on texture": {"kind": "square"},
-    "pan, waves of 6 to 96 px": {"kind": "pan"},
-    "pan, waves of 6 to 24 px": {"kind": "pan", "longest_wave_px": 24.0},
+    "plain square": {"kind": "slide", "texture": "flat", "ground_texture": "flat"},
+    "textured square on texture": {"kind": "slide", "waves": (6 / HEIGHT, 1.0)},
+    "pan, waves of 6 to 96 px": {**PAN, "waves": (6 / HEIGHT, 1.0)},
+    "pan, waves of 6 to 24 px": {**PAN, "waves": (6 / HEIGHT, 24 / HEIGHT)},
 }
 SQUARES, PANS = list(MOVERS)[:2], list(MOVERS)[2:]
 MARKER = "<!-- written by python -m tempolora.bench resample -->"
@@ -118,21 +121,20 @@ def measure(
     mover: str,
     rate: Fraction,
     hz: float,
-    height: int = 96,
-    width: int = 128,
+    height: int = HEIGHT,
+    width: int = WIDTH,
     modes: tuple[str, ...] = MODES,
 ) -> list[Cell]:
     """Resample `mover`, swinging at `hz` and encoded at `rate`, to 16 fps in each of `modes`."""
     sums: dict[str, list] = {mode: [] for mode in modes}
     size = {"height": height, "width": width}
-    plain = not MOVERS[mover].get("textured", True)
+    plain = MOVERS[mover].get("texture") == "flat"
     for phase in PHASES:
-        swing = 0.125 * min(height, width)
-        motion = Motion(hz=hz, phase=phase, amplitude_px=swing, seed=3, **MOVERS[mover])
-        truth = draw_clip(motion, fps=FPS, num_frames=NUM_FRAMES, **size)
+        motion = scene(hz=hz, phase=phase, amplitude=0.125, seed=3, **MOVERS[mover])
+        truth = draw_frames(motion, fps=FPS, num_frames=NUM_FRAMES, **size)
         direct = through_mp4(truth, Fraction(FPS))
         num = int(np.ceil((NUM_FRAMES - 1) / FPS * rate)) + 2
-        drawn = draw_clip(motion, fps=float(rate), num_frames=num, **size)
+        drawn = draw_frames(motion, fps=float(rate), num_frames=num, **size)
         source = through_mp4(drawn, rate)
         clock_s = resample.clock(np.arange(num) / float(rate), FPS)
         picks = resample.plan_picks(clock_s, FPS)[:NUM_FRAMES]
@@ -184,9 +186,11 @@ def _compare(frames: np.ndarray, direct: np.ndarray, truth: np.ndarray) -> tuple
     )
 
 
-def track(frames: np.ndarray, motion: Motion) -> np.ndarray:
+def track(frames: np.ndarray, motion: Scenes) -> np.ndarray:
     """Horizontal centre (F,) in px of a plain mover."""
-    ground, tint = (float(np.float32(rgb) @ LUMA) for rgb in (motion.ground, motion.tint))
+    ground, tint = (
+        float(255 * rgb[0].numpy() @ LUMA) for rgb in (motion.ground_N3, motion.tint_N3)
+    )
     return centroid_x(frames @ LUMA, ground, tint)
 
 

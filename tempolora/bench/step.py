@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """Encode, then every run in turn; a line of figures for each."""
     from tempolora.data.precompute import precompute
-    from tempolora.data.toy import draw_toy_set
+    from tempolora.data.toy_set import draw_toy_set
     from tempolora.model.encoders import WanEncoders
     from tempolora.run import train_and_report
     from tempolora.train.objective import Objective

@@ -23,7 +23,7 @@ from tempolora.config import Config
 from tempolora.data.clips import Clip
 from tempolora.data.readout import BANK, READOUT, read_checked, write_checked
 from tempolora.data.shards import read_indexes, read_latents, sample_key
-from tempolora.data.toy import KINDS, draw_clip, random_motion
+from tempolora.data.toy import KINDS, draw_scenes, render
 from tempolora.files import cache_folder, replacing, sha256_of
 from tempolora.rhythm.probes import LEAST_COHERENCE
 from tempolora.rhythm.readout import Part, Readout, draw, fit, group_of
@@ -228,16 +228,15 @@ def _drawn_parts(cfg: Config, vae: VaeCoder, count: int) -> list[Part]:
     height, width = (min(size, DRAWN_PX) for size in (cfg.data.height, cfg.data.width))
     parts = []
     for number in tqdm(range(count), desc="drawn clips", unit="clip", disable=None):
-        rng = np.random.default_rng(number)
-        moves, _ = random_motion(KINDS[number % len(KINDS)], height, width, rng)
-        frames = draw_clip(
-            moves,
+        kinds = (KINDS[number % len(KINDS)],)
+        (frames,) = render(
+            draw_scenes(1, np.random.default_rng(number), kinds=kinds),
             fps=cfg.timebase.fps,
             num_frames=cfg.data.num_frames,
             height=height,
             width=width,
         )
-        latents = vae.encode_frames(torch.from_numpy(frames))["latents"].to(torch.bfloat16)
+        latents = vae.encode_frames(frames)["latents"].to(torch.bfloat16)
         parts.append(_part_of(vae, latents, f"drawn {number}"))
     return parts
 
