@@ -9,7 +9,7 @@ import pytest
 from tempolora.config import ConfigError
 from tempolora.data import clips
 from tempolora.data.audio import has_sound
-from tempolora.data.clips import ClipRejected, WindowSpec, list_clips, read_clip
+from tempolora.data.clips import ClipRejected, Whole, WindowSpec, list_clips, read_clip
 from tempolora.data.toy import scene
 from tempolora.data.toy_set import click_track, draw_frames
 from tempolora.data.video import write_mp4
@@ -280,6 +280,27 @@ def test_a_rotation_flag_is_applied_exactly_once(tmp_path):
     upright = np.rot90(frames[:9], -1, axes=(1, 2)).astype(float)
     gap = np.abs(clip.windows[0].frames.mean(-1) - upright.mean(-1))
     assert gap.mean() < 3
+    whole = read_clip(tmp_path / "r.mp4", Whole(9, 2**20), tmp_path / "all", TIMEOUT_S)
+    assert whole.windows[0].frames.shape == (16, 64, 32, 3)
+    assert np.array_equal(whole.windows[0].frames[:9], clip.windows[0].frames)
+
+
+def test_a_whole_clip_keeps_its_size_and_rate_and_stops_at_most_pixels(tmp_path):
+    frames = drawn(tmp_path / "a.mp4", 15, 1, height=32, width=64)
+
+    def read(least_frames, most_pixels):
+        spec = Whole(least_frames, most_pixels)
+        return read_clip(tmp_path / "a.mp4", spec, tmp_path / "w", TIMEOUT_S)
+
+    clip = read(9, 12 * 32 * 64)
+    assert clip.source_fps == pytest.approx(15)
+    found = clip.windows[0].frames
+    assert found.shape == (12, 32, 64, 3)
+    assert np.abs(found.mean(-1) - frames[:12].mean(-1)).mean() < 3
+    with pytest.raises(ClipRejected, match="it has 15 frames, 16 are needed"):
+        read(16, 2**20)
+    with pytest.raises(ClipRejected, match="64x32 is too large"):
+        read(13, 12 * 32 * 64)
 
 
 def test_a_gap_in_the_stream_leaves_the_window_out(tmp_path):

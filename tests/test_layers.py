@@ -57,7 +57,7 @@ def test_only_the_writer_of_shards_meets_both_video_and_tensors():
             "decode",
             "resample",
             "audio",
-            "toy",
+            "toy_set",
             "video",
             "precompute",
             "fit_readout",

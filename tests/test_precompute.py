@@ -312,7 +312,7 @@ def test_killed_and_parallel_processes_fit_the_readout_that_one_fits(
 ):
     cfg, whole = config(), made(toy_shards)
     vae = read_checked(toy_shards / READOUT)[1]["vae"]
-    cached = no_readout_yet / f"readout-{vae[:16]}-17-v1.safetensors"
+    cached = no_readout_yet / f"readout-{vae[:16]}-17-v{fit_readout.FORMAT}.safetensors"
     cached.write_bytes(whole[0][:-1])
     killed = CountingEncoders(cfg, die_after_decoding=2)
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.video import write_mp4
-from tempolora.results.charts import _tick_labels
+from tempolora.results.charts import tick_labels
 from tempolora.results.names import lora_file_name, video_file_name
 from tempolora.results.report import write_report
 
@@ -484,16 +484,16 @@ def test_any_finite_values_can_be_drawn(tmp_path, values):
     assert points and "nan" not in points and "inf" not in points
 
 
-def test_tick_labels_are_short_and_of_one_form_at_any_size():
-    assert _tick_labels([0, 0.00025, 0.0005, 0.00075, 0.001]) == [
+def testtick_labels_are_short_and_of_one_form_at_any_size():
+    assert tick_labels([0, 0.00025, 0.0005, 0.00075, 0.001]) == [
         "0",
         "2.5e-4",
         "5e-4",
         "7.5e-4",
         "1e-3",
     ]
-    assert _tick_labels([-0.01, 0.0, 0.01]) == ["-0.01", "0", "0.01"]
-    assert _tick_labels([0, 500_000, 1_000_000]) == ["0", "5e5", "1e6"]
+    assert tick_labels([-0.01, 0.0, 0.01]) == ["-0.01", "0", "0.01"]
+    assert tick_labels([0, 500_000, 1_000_000]) == ["0", "5e5", "1e6"]
 
 
 def test_torn_lines_are_left_out_and_named_wherever_they_stand(tmp_path):

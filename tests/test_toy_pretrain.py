@@ -1,5 +1,5 @@
-"""How TinyWan's VAE is trained and measured: the short way through it equals diffusers' own, and
-the measures find what is known to be there."""
+"""How TinyWan's parts are trained and measured: the short way through the VAE equals that of
+diffusers, the measures find what is known to be there, an expert learns."""
 
 import json
 
@@ -8,21 +8,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tempolora import toy_pretrain
+from tempolora.data.toy import KINDS, SHAPES, TEXTURES, Scenes, captions, draw_scenes, scene
 from tempolora.model import tinywan, wan
+from tempolora.rhythm.tempo import LUMA
+from tempolora.toy_pretrain import __main__ as command
+from tempolora.toy_pretrain import clips, experts, measure
+from tempolora.toy_pretrain import vae as training
+from tempolora.toy_pretrain.__main__ import main
 
 
 @pytest.mark.parametrize("variant", ["t2v_a14b", "ti2v_5b"])
 def test_whole_clips_equal_diffusers_chunks(variant):
     torch.manual_seed(0)
-    vae = toy_pretrain.new_vae(variant).eval()
+    vae = training.new_vae(variant).eval()
     video = 1.6 * torch.rand(2, 3, 17, 32, 32) - 0.8
     with torch.no_grad():
         posterior = vae.encode(video).latent_dist
         decoded = vae.decode(posterior.mean).sample
-        with toy_pretrain.whole_clips(vae):
-            mean, log_variance = toy_pretrain.encode_whole(vae, video)
-            whole = toy_pretrain.decode_whole(vae, mean)
+        with training.whole_clips(vae):
+            mean, log_variance = training.encode_whole(vae, video)
+            whole = training.decode_whole(vae, mean)
         again = vae.encode(video).latent_dist
     torch.testing.assert_close(mean, posterior.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_variance, posterior.logvar, rtol=1e-4, atol=1e-4)
@@ -33,7 +38,7 @@ def test_whole_clips_equal_diffusers_chunks(variant):
 def test_block_luminance_is_the_mean_of_bt601_luma_over_frame_and_block():
     rng = np.random.default_rng(0)
     video = rng.random((2, 3, 9, 16, 24))
-    found = toy_pretrain.block_luminance(torch.from_numpy(video), 8).numpy()
+    found = training.block_luminance(torch.from_numpy(video), 8).numpy()
     assert found.shape == (2, 4, 2, 2, 3)
     luma = 0.299 * video[:, 0] + 0.587 * video[:, 1] + 0.114 * video[:, 2]
     for k in range(4):
@@ -43,29 +48,29 @@ def test_block_luminance_is_the_mean_of_bt601_luma_over_frame_and_block():
 
 
 @pytest.mark.parametrize(
-    ("clips", "track", "size"),
+    ("drawn", "track", "size"),
     [
-        (lambda hz: toy_pretrain.swinging_squares(hz), toy_pretrain.track_square, 6.0),
+        (lambda hz: measure.swinging_squares(hz), measure.track_square, 6.0),
         (
-            lambda hz: toy_pretrain.swinging_gratings(hz, 32),
-            lambda luma: toy_pretrain.track_grating(luma, 32),
+            lambda hz: measure.swinging_gratings(hz, 32),
+            lambda luma: measure.track_grating(luma, 32),
             3.0,
         ),
     ],
 )
-def test_a_position_track_has_the_drawn_amplitude_at_its_own_frequency_alone(clips, track, size):
-    found = track(clips((1.0, 5.0)) @ np.array(toy_pretrain.LUMA))
+def test_a_position_track_has_the_drawn_amplitude_at_its_own_frequency_alone(drawn, track, size):
+    found = track(drawn((1.0, 5.0)) @ np.array(LUMA))
     for row, hz in zip(found, (1.0, 5.0)):
-        assert toy_pretrain.amplitude(row, hz) == pytest.approx(size, rel=0.05)
-        assert toy_pretrain.amplitude(row, 3.0) < 0.1 * size
+        assert measure.amplitude(row, hz) == pytest.approx(size, rel=0.05)
+        assert measure.amplitude(row, 3.0) < 0.1 * size
 
 
 def test_brightness_at_half_the_swing_has_half_the_gain():
-    clips = toy_pretrain.pulsing_clips((2.0,)).astype(float)
-    halved = clips.mean(1, keepdims=True) + 0.5 * (clips - clips.mean(1, keepdims=True))
+    whole = measure.pulsing_clips((2.0,)).astype(float)
+    halved = whole.mean(1, keepdims=True) + 0.5 * (whole - whole.mean(1, keepdims=True))
     full, half = (
-        toy_pretrain.amplitude(toy_pretrain.track_brightness(c @ np.array(toy_pretrain.LUMA))[0], 2)
-        for c in (clips, halved)
+        measure.amplitude(measure.track_brightness(c @ np.array(LUMA))[0], 2)
+        for c in (whole, halved)
     )
     assert half / full == pytest.approx(0.5, rel=1e-3)
 
@@ -77,18 +82,46 @@ def test_readout_finds_a_linear_code_and_none_in_shuffled_latents():
     blocks = torch.einsum("k c, b c t h w -> b t k h w", weights, latents.double())
     frames = torch.cat([torch.zeros(8, 1, 4, 4), blocks[:, 1:].flatten(1, 2)], dim=1)
     luma = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert toy_pretrain._readout_figures(latents, luma, 8)["readout R2"] > 0.999999
+    assert measure._readout_figures(latents, luma, 8)["readout R2"] > 0.999999
     shuffled = latents[:, :, torch.randperm(7, generator=generator)].roll(1, 0)
-    assert toy_pretrain._readout_figures(shuffled, luma, 8)["readout R2"] < 0.1
+    assert measure._readout_figures(shuffled, luma, 8)["readout R2"] < 0.1
+
+
+def test_the_pool_holds_every_kind_shape_and_texture_and_a_third_of_it_flickers():
+    rng = np.random.default_rng(0)
+    scenes, styles = zip(*(clips.pool_scene(96, rng) for _ in range(600)))
+    both = Scenes.cat(scenes)
+    assert set(both.kinds) == set(KINDS)
+    for found_N, names in (
+        (both.shape_N, SHAPES),
+        (both.texture_N, TEXTURES),
+        (both.ground_texture_N, TEXTURES),
+    ):
+        assert torch.bincount(found_N, minlength=len(names)).min() > 0.7 * 600 / len(names)
+    assert 0.5 <= both.hz_N.min() < 0.6 and 5 < both.hz_N.max() <= 6
+    flickers = np.array(styles) == "flickering"
+    assert flickers.mean() == pytest.approx(1 / 3, abs=0.06)  # three standard deviations
+    walker_N = both.kind_N == KINDS.index("walk")
+    face_N = both.shape_N == SHAPES.index("face")
+    assert flickers[walker_N].any() and flickers[face_N].any() and (walker_N & face_N).any()
+
+
+@pytest.mark.parametrize("style", ["clean", "flickering"])
+def test_a_pool_clip_is_drawn_in_its_style(style, monkeypatch):
+    still = scene("slide", 1.0, amplitude=0.0), style
+    monkeypatch.setattr(clips, "pool_scene", lambda size, rng: still)
+    change = np.abs(np.diff(clips.draw_one((0, 0)).astype(float), axis=0)).mean((1, 2, 3))
+    assert len(change) == clips.POOL_FRAMES - 1
+    assert change.min() > 1 if style == "flickering" else change.max() == 0
 
 
 def test_a_batch_is_drawn_anew_within_range_and_repeats_with_its_seed():
-    pool = torch.from_numpy(np.stack([toy_pretrain.draw_one((0, n)) for n in range(3)]))
+    pool = torch.from_numpy(np.stack([clips.draw_one((0, n)) for n in range(3)]))
     torch.manual_seed(1)
-    first = toy_pretrain.draw_batch(pool, 8, 17, 32)
-    second = toy_pretrain.draw_batch(pool, 8, 17, 32)
+    first = clips.draw_batch(pool, 8, 17, 32)
+    second = clips.draw_batch(pool, 8, 17, 32)
     torch.manual_seed(1)
-    assert torch.equal(toy_pretrain.draw_batch(pool, 8, 17, 32), first)
+    assert torch.equal(clips.draw_batch(pool, 8, 17, 32), first)
     assert not torch.equal(first, second)
     assert first.shape == (8, 3, 17, 32, 32)
     assert first.abs().max() <= 1
@@ -96,23 +129,23 @@ def test_a_batch_is_drawn_anew_within_range_and_repeats_with_its_seed():
 
 
 def test_two_steps_write_a_file_that_tinywan_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_pretrain, "PHASES", ((0.5, 2, 13, 4), (0.5, 1, 17, 4)))
+    monkeypatch.setattr(training, "PHASES", ((0.5, 2, 13, 4), (0.5, 1, 17, 4)))
     out = tmp_path / "vae.safetensors"
     options = ["--steps", "2", "--drawn", "3", "--workers", "1", "--seed", "5", "--device", "cpu"]
-    assert toy_pretrain.main(["vae", "--out", str(out), *options]) == 0
+    assert main(["vae", "--out", str(out), *options]) == 0
     with safe_open(out, "pt") as file:
-        training = json.loads(file.metadata()["training"])
-    assert training == {"steps": 2, "seed": 5, "drawn": 3, "real_windows": 0}
+        header = json.loads(file.metadata()["training"])
+    assert header == {"steps": 2, "seed": 5, "drawn": 3, "real_windows": 0}
     vae = tinywan.read_vae(out)
-    latents = wan.encode_video(vae, torch.from_numpy(toy_pretrain.drawn_clips(3, seed=0)))
+    latents = wan.encode_video(vae, torch.from_numpy(clips.drawn_clips(3, seed=0)))
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=0.02, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=0.02, rtol=0)
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_training_moves_the_weights_and_lowers_the_loss(monkeypatch):
-    monkeypatch.setattr(toy_pretrain, "PHASES", ((1.0, 2, 13, 4),))
-    monkeypatch.setattr(toy_pretrain, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(training, "PHASES", ((1.0, 2, 13, 4),))
+    monkeypatch.setattr(training, "WARMUP_STEPS", 1)
     losses = []
 
     def watched(step, device):
@@ -123,9 +156,9 @@ def test_training_moves_the_weights_and_lowers_the_loss(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(toy_pretrain, "repeated", watched)
-    pool = torch.from_numpy(np.stack([toy_pretrain.draw_one((0, n)) for n in range(3)]))
-    toy_pretrain.train_vae("t2v_a14b", pool, 30, 0)
+    monkeypatch.setattr(training, "repeated", watched)
+    pool = torch.from_numpy(np.stack([clips.draw_one((0, n)) for n in range(3)]))
+    training.train_vae("t2v_a14b", pool, 30, 0)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -138,7 +171,51 @@ def test_training_moves_the_weights_and_lowers_the_loss(monkeypatch):
 )
 def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, capsys, options, message):
     arguments = [option.format(tmp=tmp_path) for option in options]
-    assert toy_pretrain.main(["vae", *arguments]) == 2
+    assert main(["vae", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_captions_are_words_to_the_tokenizer_and_other_text_comes_back():
+    tokenizer, _ = tinywan.text_parts()
+    scenes = draw_scenes(400, np.random.default_rng(0))
+    known = set(tinywan.WORDS.split())
+    for caption in captions(scenes, tempo_words=True):
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)
+        assert [token for token in tokens[:-1] if token in known] == caption.split()
+    for text in ("redder stars, café\n", "静态 a red  star"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_an_expert_learns_is_written_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "BATCH", 4)
+    monkeypatch.setattr(experts, "WARMUP_STEPS", 2)
+    small = tinywan.expert_architecture() | {"num_layers": 1, "ffn_dim": 128}
+    monkeypatch.setattr(tinywan, "expert_architecture", lambda: small)
+    pool = experts.encode_pool(tinywan.read_vae(tinywan.vae_file("t2v_a14b")), 2, 0)
+    assert pool.latents_NCThw.shape == (2, 16, 13, 8, 8)
+    monkeypatch.setattr(command, "encode_pool", lambda *_: pool)
+    losses = []
+    for steps in (1, 40):
+        out = tmp_path / f"{steps}.safetensors"
+        arguments = ["experts", "--expert", "low", "--steps", str(steps), "--drawn", "2"]
+        assert main([*arguments, "--out", str(out)]) == 0
+        losses.append(flow_loss(tinywan.read_expert(out), pool))
+    assert losses[1] < 0.8 * losses[0]
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["training"])["steps"] == 40
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def flow_loss(transformer, pool) -> float:
+    """At sigma 0.5, of both clips, with noise that training has not met."""
+    generator = torch.Generator().manual_seed(5)
+    x0 = pool.latents_NCThw.float()
+    noise = torch.randn(x0.shape, generator=generator)
+    sigma_B = torch.full((2,), 0.5)
+    text = wan.pad_text([pool.text_KLD[n].float() for n in pool.caption_N.tolist()])
+    with torch.no_grad():
+        v_hat = wan.predict_velocity(transformer, 0.5 * x0 + 0.5 * noise, sigma_B, text)
+    return (v_hat - (noise - x0)).square().mean().item()

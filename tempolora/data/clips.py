@@ -137,6 +137,18 @@ class WindowSpec:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """All of a clip as it is, at its own size and rate: from `least_frames` to `most_pixels`.
+
+    The latter are summed over frames; what is longer is cut off there. A clip whose frames are not
+    evenly spaced in time is rejected: nothing of it is to be made up.
+    """
+
+    least_frames: int
+    most_pixels: int
+
+
+@dataclass(frozen=True)
 class Window:
     """One training sample's frames, still on disk.
 
@@ -180,7 +192,7 @@ class DecodedClip:
     no_audio: str | None
 
 
-def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> DecodedClip:
+def read_clip(path: Path, spec: WindowSpec | Whole, workdir: Path, timeout_s: float) -> DecodedClip:
     """Decode `path` in a process of its own, which leaves its frames in the folder `workdir`.
 
     Raises ClipRejected with the reason that the worker found, and DecoderFailed where it crashed
@@ -190,7 +202,8 @@ def read_clip(path: Path, spec: WindowSpec, workdir: Path, timeout_s: float) -> 
     workdir.mkdir(parents=True, exist_ok=True)
     answer = workdir / "clip.json"
     answer.unlink(missing_ok=True)  # an answer of an earlier run must not stand for this one
-    request = {"path": str(path), "workdir": str(workdir), "spec": asdict(spec)}
+    what = "whole" if isinstance(spec, Whole) else "spec"
+    request = {"path": str(path), "workdir": str(workdir), what: asdict(spec)}
     said = _run_worker(json.dumps(request), path.name, timeout_s)
     try:
         found = json.loads(answer.read_text(encoding="utf-8"))

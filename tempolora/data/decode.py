@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from tempolora.data import resample
-from tempolora.data.clips import ClipRejected, WindowSpec
+from tempolora.data.clips import ClipRejected, Whole, WindowSpec
 from tempolora.files import sha256_of
 
 try:
@@ -51,8 +51,9 @@ def main() -> None:
     cv2.setNumThreads(MAX_THREADS)
     request = json.loads(sys.stdin.read())
     workdir = Path(request["workdir"])
+    spec = WindowSpec(**request["spec"]) if "spec" in request else Whole(**request["whole"])
     try:
-        answer = decode(Path(request["path"]), WindowSpec(**request["spec"]), workdir)
+        answer = decode(Path(request["path"]), spec, workdir)
     except ClipRejected as reason:
         answer = {"rejected": str(reason)}
     partial = workdir / "clip.json.part"
@@ -60,12 +61,14 @@ def main() -> None:
     os.replace(partial, workdir / "clip.json")
 
 
-def decode(path: Path, spec: WindowSpec, workdir: Path) -> dict:
+def decode(path: Path, spec: WindowSpec | Whole, workdir: Path) -> dict:
     """Write the windows of `path` and its sound into `workdir`; the answer for clip.json.
 
     Raises ClipRejected where the file or its timing will not do.
     """
     stream = read_stream(path)
+    if isinstance(spec, Whole):
+        spec = window_of_all(spec, stream)
     check_rate(stream.pts_s, spec.fps)
     clock_s = resample.clock(stream.pts_s, spec.fps)
     picks = resample.plan_picks(clock_s, spec.fps)
@@ -151,6 +154,22 @@ def check_rate(pts_s: np.ndarray, fps: float) -> None:
             f"its {rate:.4g} fps are slower than the {fps:g} fps of the model; "
             "give a faster recording, motion is never invented"
         )
+
+
+def window_of_all(spec: Whole, stream: Stream) -> WindowSpec:
+    """The one window that is the whole clip. Raises ClipRejected where `spec` does not allow it."""
+    height, width, _ = stream.first.shape
+    frames = len(stream.pts_s)
+    if frames < spec.least_frames:
+        raise ClipRejected(f"it has {frames} frames, {spec.least_frames} are needed")
+    fps = resample.source_fps(stream.pts_s)
+    picks = resample.plan_picks(resample.clock(stream.pts_s, fps), fps)
+    if len(picks) != frames or any(pick.at for pick in picks):
+        raise ClipRejected("its frames are not evenly spaced in time")
+    num_frames = min(frames, spec.most_pixels // (height * width))
+    if num_frames < spec.least_frames:
+        raise ClipRejected(f"{width}x{height} is too large; scale it down")
+    return WindowSpec(fps, num_frames, height, width, "first", 1, "nearest")
 
 
 def choose_windows(

@@ -31,7 +31,7 @@ from tempolora.rhythm.tempo import block_luminance, motion, power_spectrum
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1: topped up with clips of other kinds, shapes and textures
 PARTS = ".readout"
 PLOT = "readout.png"
 MOST_CLIPS = 64

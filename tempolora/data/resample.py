@@ -111,7 +111,7 @@ def frame_maker(
 
     @lru_cache(maxsize=8)
     def flow(here: int, there: int) -> np.ndarray:
-        return _flow(small_gray(here), small_gray(there))
+        return dense_flow(small_gray(here), small_gray(there))
 
     def make(pick: Pick) -> Made:
         if pick.at == 0.0:
@@ -177,7 +177,7 @@ def _calm(offsets: np.ndarray) -> np.ndarray:
     return np.stack([cv2.medianBlur(np.ascontiguousarray(offsets[..., c]), 5) for c in (0, 1)], -1)
 
 
-def _flow(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+def dense_flow(here: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Dense flow (h, w, 2) in px: here[p] is found at there[p + flow[p]]."""
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     search.setFinestScale(0)

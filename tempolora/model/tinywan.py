@@ -24,11 +24,18 @@ from tempolora.variants import TEXT_TOKENS, VARIANTS
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it with every change of what the folder holds
+VERSION = 4  # raise it with every change of what the folder holds
 SEED = 20_220_728
 TEXT_WIDTH = 32
 WEIGHTS = Path(__file__).parent / "weights"
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+WORDS = """
+a across an and arm at blue bobs bounces camera checked cross cyan dims disc down face fast figure
+floor for from grass green hair head in lights like mottled moves on orange pace pans past
+pendulum propeller purple red round side slow spot square stalk star steady striped sways swings
+the to triangle turns up walks waves white with yellow
+"""
+"""What captions of the drawn world are made of: one token each. Anything else goes by bytes."""
 
 _SMALL_TRANSFORMER = {
     "num_attention_heads": 2,
@@ -79,10 +86,7 @@ def build_tinywan(variant_name: str, folder: Path) -> None:
     # Fork, so that building leaves the caller's random state alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        tokenizer = _tokenizer()
-        text_encoder = wan.new_text_encoder(
-            TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(tokenizer)}
-        )
+        tokenizer, text_encoder = _new_text_parts()
         vae = read_vae(vae_file(variant_name))
         parts = {
             name: wan.new_transformer(TRANSFORMER[variant_name] | _SMALL_TRANSFORMER)
@@ -94,6 +98,38 @@ def build_tinywan(variant_name: str, folder: Path) -> None:
         part.save_pretrained(folder / name)
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(variant_name))
     _write_json(folder / "model_index.json", _model_index(variant_name, type(tokenizer).__name__))
+
+
+def text_parts() -> tuple[Any, torch.nn.Module]:
+    """TinyWan's tokenizer and text encoder, the same in every variant."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return _new_text_parts()
+
+
+def _new_text_parts() -> tuple[Any, torch.nn.Module]:
+    tokenizer = _tokenizer()
+    config = TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(tokenizer)}
+    return tokenizer, wan.new_text_encoder(config).requires_grad_(False).eval()
+
+
+def expert_architecture() -> dict[str, Any]:
+    """What `python -m tempolora.toy_pretrain experts` trains: text to video."""
+    return TRANSFORMER["t2v_a14b"] | _SMALL_TRANSFORMER | {"num_layers": 3, "ffn_dim": 512}
+
+
+def read_expert(path: Path) -> torch.nn.Module:
+    """The frozen fp32 transformer of a file that `toy_pretrain experts` wrote."""
+    transformer = wan.new_transformer(_read(path, state := {}))
+    transformer.load_state_dict(state)
+    return transformer.requires_grad_(False).eval()
+
+
+def _read(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Fill `state` with a shipped file's tensors in fp32; return its architecture."""
+    with safe_open(path, "pt") as file:
+        state |= {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["architecture"])
 
 
 def vae_architecture(variant_name: str) -> dict[str, Any]:
@@ -108,10 +144,7 @@ def vae_file(variant_name: str) -> Path:
 
 def read_vae(path: Path) -> torch.nn.Module:
     """The frozen fp32 VAE of a file that `python -m tempolora.toy_pretrain vae` wrote."""
-    with safe_open(path, "pt") as file:
-        architecture = json.loads(file.metadata()["architecture"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    vae = wan.new_vae(architecture)
+    vae = wan.new_vae(_read(path, state := {}))
     vae.load_state_dict(state)
     return vae.requires_grad_(False).eval()
 
@@ -122,14 +155,18 @@ def plain_config(vae: torch.nn.Module) -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    """One token per UTF-8 byte, closed by an end token: any text comes back as it was."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    """A token for each of WORDS and each other UTF-8 byte, closed by an end token.
+
+    Any text comes back as it was.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in WORDS.split()])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]

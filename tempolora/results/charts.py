@@ -83,6 +83,15 @@ def over_sigma(name: str, curves: Sequence[Curve]) -> str:
     return plot.drawn(name, "sigma, evenly spaced", "sigma", ticks_y, _dotted(plot, placed))
 
 
+def scatter(name: str, x_name: str, curves: Sequence[Curve]) -> str:
+    """Points of two numbers of one kind, both axes from 0."""
+    xs, ys = ([v for c in curves for v in getattr(c, axis)] for axis in ("xs", "ys"))
+    ticks_y, floor, ceiling = _heights(0.0, max(ys))
+    ticks, first, last = _heights(0.0, max(xs))
+    plot = _Plot(list(zip(ticks, tick_labels(ticks))), first, last, floor, ceiling)
+    return plot.drawn(name, x_name, x_name, ticks_y, [plot.dots(curve) for curve in curves])
+
+
 def figure(title: str, body: str, *sentences: str, key: Sequence[str] = ()) -> str:
     """A card of the page. body: HTML; key: what the dashes 0, 1, 2 of a chart stand for."""
     shown = "".join(
@@ -142,7 +151,7 @@ class _Plot:
         """The chart. over: what the values are drawn over, for those who do not see it."""
         left, top, right, bottom = PLOT
         parts = []
-        for tick, label in zip(ticks_y, _tick_labels(ticks_y), strict=True):
+        for tick, label in zip(ticks_y, tick_labels(ticks_y), strict=True):
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
             y = self.y(tick, below=4)
@@ -206,7 +215,7 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _tick_labels(ticks: Sequence[float]) -> list[str]:
+def tick_labels(ticks: Sequence[float]) -> list[str]:
     """All in one form, and none so long that it would meet the name of the axis."""
     if 0.01 <= max(map(abs, ticks)) < 1e5:
         return [number(tick) for tick in ticks]

@@ -284,7 +284,7 @@ def _summary(folder: Path, config: dict[str, Any], metrics: Metrics) -> str:
         size = _bytes(file.stat().st_size) if file and file.is_file() else "none yet"
         rows.append([escape(called(expert)), steps, *map(number, losses), rate, size])
     head += ["Steps/s", "LoRA file"]
-    return _table(head, rows, first_number=1) + f'<p class="caption">{explained}</p>'
+    return table(head, rows, first_number=1) + f'<p class="caption">{explained}</p>'
 
 
 def _loras(folder: Path, metrics: Metrics) -> str:
@@ -310,8 +310,8 @@ def _loras(folder: Path, metrics: Metrics) -> str:
             f"<pre>{escape(listing)}</pre></details>"
         )
     head = ["File", "Size", "Rank", "Adapted layers"]
-    table = _table(head, rows, first_number=1) if rows else ""
-    return "".join(notes) + table + "".join(blocks)
+    listed = table(head, rows, first_number=1) if rows else ""
+    return "".join(notes) + listed + "".join(blocks)
 
 
 def _lora_header(path: Path) -> tuple[list[int], dict[str, Any]]:
@@ -343,7 +343,7 @@ def _bytes(count: int) -> str:
     return f"{size:.4g} GiB"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_number: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_number: int) -> str:
     """A table of ready HTML cells; columns from first_number on are right-aligned."""
 
     def line(cells: Sequence[str], tag: str) -> str:

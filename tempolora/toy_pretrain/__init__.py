@@ -1,0 +1,1 @@
+"""How TinyWan's shipped weights were trained, and what they can do."""
