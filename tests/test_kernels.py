@@ -235,7 +235,7 @@ CASES = [
     Case("channel", (3, 5, 13, 9, 8), 4, "PT", torch.float16, each=True, first=1),
     Case("channel", (1, 2, 31, 2, 4), 20, "PT", torch.bfloat16),
     Case("channel", (2, 3, 21, 10, 32), 16, "PT", torch.bfloat16, torch.float32, first=1),
-    Case("frames", (1, 2, 40, 2, 4), 20, "PT", torch.bfloat16),
+    Case("frames", (1, 7, 40, 2, 4), 20, "PT", torch.bfloat16),
     Case("streamed", (2, 7, 21, 3, 5), 16, "PT"),  # three channels a tile, and one left over
     Case("frames", (2, 4, 16, 2, 4), 70, "BPCT", each=True),
     Case("frames", (2, 4, 16, 16, 8), 5, "BPCT", torch.float16, torch.float32),
@@ -370,6 +370,14 @@ def test_small_gradients_of_float16_do_not_vanish_under_a_loss_scale(fused):
     rates = small * 2.0**12 * rate.double()
     want = formula(x, v, probe, rates, (rates * weight)[:, None].expand(-1, 6), 0)[2]
     assert relative(x.grad, want) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_a_16_bit_gradient_is_scaled_with_is_a_power_of_two(dtype, fused):
+    """So scaling does not round it a second time."""
+    x, v, probe, weight, _ = training_case(fused, dtype=dtype)
+    unit = fused.launch(x.detach(), v, probe, weight, 0, True)[3].double().log2()
+    assert relative(unit, unit.round()) < 1e-7
 
 
 def test_a_sample_of_zeros_and_a_broken_one_stay_apart(fused):
