@@ -59,14 +59,33 @@ MUTANTS = [
     (
         "factor 2 missing from the gradient's unit",
         KERNEL,
-        "tl.store(unit_ptr + b, unit * 2.0 / pixels)",
-        "tl.store(unit_ptr + b, unit / pixels)",
+        "unit_ptr + b, unit * 2.0 / pixels)",
+        "unit_ptr + b, unit / pixels)",
     ),
     (
         "factor 2 missing when computed again",
         KERNEL,
         "back = unit * 2.0 / pixels if AGAIN",
         "back = unit / pixels if AGAIN",
+    ),
+    ("16-bit gradient in any unit", KERNEL, "    if exact:\n", "    if False:\n"),
+    (
+        "rounded twice where d_flow is no power of two",
+        KERNEL,
+        "EXACT=exact",
+        "EXACT=False",
+    ),
+    (
+        "descriptor's channel and frame swapped",
+        KERNEL,
+        "x_desc.load([sample, c, 0, n])",
+        "x_desc.load([sample, 0, c, n])",
+    ),
+    (
+        "tile stored at its neighbour",
+        KERNEL,
+        "g_desc.store([sample, c, 0, first_n]",
+        "g_desc.store([sample, c, 0, first_n + N]",
     ),
     (
         "weight of the first sample for all",
@@ -120,8 +139,8 @@ MUTANTS = [
     (
         "samples that match are not told apart",
         KERNEL,
-        "matches = differ == 0",
-        "matches = differ < 1000",
+        "if differ == 0:",
+        "if differ < 1000:",
     ),
     (
         "combination never computed again",

@@ -231,9 +231,12 @@ class Case:
 
 CASES = [
     Case("frames", (2, 3, 5, 4, 8), 7),
-    Case("frames", (2, 7, 21, 2, 4), 16, "PT"),  # three channels a tile, and one left over
-    Case("frames", (3, 5, 13, 9, 8), 4, "PT", torch.float16, each=True, first=1),
-    Case("frames", (1, 2, 31, 2, 4), 20, "PT", torch.bfloat16),
+    Case("channel", (2, 7, 21, 2, 4), 16, "PT"),
+    Case("channel", (3, 5, 13, 9, 8), 4, "PT", torch.float16, each=True, first=1),
+    Case("channel", (1, 2, 31, 2, 4), 20, "PT", torch.bfloat16),
+    Case("channel", (2, 3, 21, 10, 32), 16, "PT", torch.bfloat16, torch.float32, first=1),
+    Case("frames", (1, 7, 40, 2, 4), 20, "PT", torch.bfloat16),
+    Case("streamed", (2, 7, 21, 3, 5), 16, "PT"),  # three channels a tile, and one left over
     Case("frames", (2, 4, 16, 2, 4), 70, "BPCT", each=True),
     Case("frames", (2, 4, 16, 16, 8), 5, "BPCT", torch.float16, torch.float32),
     Case("short", (2, 16, 5, 4, 8), 7),
@@ -295,7 +298,7 @@ def check(fused, case: Case, seed: int, combination: str = "training") -> None:
     rounding = relative(want[2].to(case.dtype), want[2])
     slack = BF16_SLACK if case.dtype == torch.bfloat16 else 1.0
     assert x.grad.dtype == case.dtype and x.grad.shape == x.shape
-    # The gradient of a half is rounded when it is stored and again when it is scaled.
+    # Beside the rounding to its own dtype, which happens once.
     assert relative(x.grad, want[2]) < (1e-3 if case.dtype in HALF else bound) + slack * rounding
 
 
@@ -325,7 +328,7 @@ def test_the_energy_alone_and_its_gradient(dtype, fused):
         )
         bound = 1e-6 if dtype == torch.float32 else 1e-3
         assert relative(energy, want.sum(dim=1)) < bound
-        assert relative(x.grad, gradient) < bound + 1.5 * relative(gradient.to(dtype), gradient)
+        assert relative(x.grad, gradient) < bound + relative(gradient.to(dtype), gradient)
 
 
 def training_case(fused, scale=1.0, shape=(2, 3, 5, 4, 8), dtype=torch.float32):
@@ -338,7 +341,8 @@ def training_case(fused, scale=1.0, shape=(2, 3, 5, 4, 8), dtype=torch.float32):
 
 def test_in_training_the_residual_is_read_once(fused):
     x, v, probe, weight, (flow, energy) = training_case(fused)
-    want = formula(x, v, probe, torch.ones(2), weight[:, None].expand(-1, 6).double(), 0)[2]
+    rates = weight[:, None].expand(-1, 6).double()
+    want = formula(x, v, probe, torch.ones(2, device=DEVICE), rates, 0)[2]
     x.data.fill_(torch.nan)
     (flow + weight * energy).sum().backward()
     assert relative(x.grad, want) < 1e-6
@@ -368,6 +372,14 @@ def test_small_gradients_of_float16_do_not_vanish_under_a_loss_scale(fused):
     assert relative(x.grad, want) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_a_16_bit_gradient_is_scaled_with_is_a_power_of_two(dtype, fused):
+    """So scaling does not round it a second time."""
+    x, v, probe, weight, _ = training_case(fused, dtype=dtype)
+    unit = fused.launch(x.detach(), v, probe, weight, 0, True)[3].double().log2()
+    assert relative(unit, unit.round()) < 1e-7
+
+
 def test_a_sample_of_zeros_and_a_broken_one_stay_apart(fused):
     x, v = draw((3, 3, 5, 2, 4), 1, device=DEVICE), draw((3, 3, 5, 2, 4), 2, device=DEVICE)
     x[0] = v[0]
@@ -386,7 +398,8 @@ def test_a_few_strong_pixels_do_not_spoil_the_rest(fused):
     x = draw((1, 3, 5, 16, 8), 1, device=DEVICE) * 1e-3
     x[:, 1, 2, :1, :3] *= 1e9
     probe = make_probe("PCT", 1, 6, 3, 5, 3, DEVICE)
-    wanted = formula(x, None, probe, torch.zeros(1), torch.ones(1, 6).double().to(DEVICE), 0)
+    rates = torch.zeros(1, device=DEVICE), torch.ones(1, 6).double().to(DEVICE)
+    wanted = formula(x, None, probe, *rates, 0)
     x.requires_grad_()
     fused.probe_energy(x, probe).sum().backward()
     quiet = (slice(None), slice(None), slice(None), slice(8, None))
@@ -459,8 +472,8 @@ FUZZ = {
     "b": Case("long", (0, 16, 21, 0, 0), 70, dtype=torch.bfloat16, each=True, first=1),
     "c": Case("short", (0, 16, 13, 0, 0), 36, dtype=torch.float16),
     "d": Case("short", (0, 16, 13, 0, 0), 36, "BPCT", dtype=torch.float32),
-    "e": Case("frames", (0, 16, 21, 0, 0), 16, "PT", torch.bfloat16),
-    "f": Case("frames", (0, 48, 31, 0, 0), 28, "PT", torch.float32, each=True),
+    "e": Case("channel", (0, 16, 21, 0, 0), 16, "PT", torch.bfloat16),
+    "f": Case("channel", (0, 48, 31, 0, 0), 28, "PT", torch.float32, each=True),
     "g": Case("frames", (0, 3, 5, 0, 0), 9, "BPCT", torch.bfloat16, torch.float32, first=1),
     "h": Case("streamed", (0, 48, 31, 0, 0), 110, dtype=torch.bfloat16),
     "i": Case("streamed", (0, 16, 21, 0, 0), 66, dtype=torch.float32),
@@ -471,14 +484,15 @@ FUZZ = {
     "n": Case("streamed", (0, 16, 13, 0, 0), 36, dtype=torch.bfloat16, layout="permuted"),
     "o": Case("streamed", (0, 5, 9, 0, 0), 8, "PT", torch.float16, layout="sliced"),
     "p": Case("streamed", (0, 16, 5, 0, 0), 20, dtype=torch.float32, layout="expanded", each=True),
+    "q": Case("frames", (0, 6, 40, 0, 0), 18, "PT", torch.float32, first=1),
 }
-FUZZ_CASES = 2080
+FUZZ_CASES = 2176
 
 
 @gpu
 @pytest.mark.parametrize("name", FUZZ)
 def test_fuzz(name, fused):
-    """2,080 cases in all: sizes, strides, values, scales and combinations of sixteen kernels."""
+    """2,176 cases in all: sizes, strides, values, scales, combinations of seventeen kernels."""
     model = FUZZ[name]
     for number in range(FUZZ_CASES // len(FUZZ)):
         rng = np.random.default_rng([ord(name), number])

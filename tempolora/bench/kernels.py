@@ -188,6 +188,7 @@ def measure(job: Job, sets: int = SETS, replays: int = REPLAYS) -> Times:
 
     fft = functools.partial(by_fft, probe=probe, form=job.form)
     matmuls = functools.partial(by_matmuls, probe=probe)
+    torch._dynamo.reset()  # else it gives up compiling after a few shapes
     compiled = torch.compile(matmuls, dynamic=False)
     return Times(
         forward=replay_us(forward, data, replays),
@@ -229,8 +230,10 @@ def by_matmuls(v_hat: Tensor, v: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]
 
 
 CANDIDATES = {
-    ("frames", 1): [(64, 64, 1, 1, 2), (64, 64, 1, 1, 3), (64, 64, 1, 1, 4), (32, 64, 1, 1, 4),
-                    (32, 64, 2, 1, 3), (32, 64, 2, 1, 4), (32, 128, 2, 1, 2)],
+    ("channel", 1): [(32, 128, 0, 2, 4), (32, 128, 0, 3, 4), (32, 128, 0, 4, 3), (32, 64, 0, 3, 4),
+                     (32, 256, 0, 3, 2)],
+    ("channel", 2): [(32, 64, 0, 2, 4), (32, 64, 0, 3, 4), (32, 64, 0, 4, 3), (32, 128, 0, 3, 3)],
+    ("frames", 1): [(64, 64, 1, 1, 2), (64, 64, 1, 1, 3), (32, 64, 2, 1, 3), (32, 64, 2, 1, 4)],
     ("frames", 2): [(64, 64, 1, 1, 2), (64, 64, 1, 1, 3), (32, 64, 2, 1, 3)],
     ("short", 1): [(64, 64, 1, 1, 2), (64, 64, 1, 1, 3), (32, 64, 2, 1, 2), (32, 64, 2, 1, 3)],
     ("short", 2): [(64, 64, 1, 1, 1), (64, 64, 1, 1, 2), (32, 64, 1, 1, 1)],
@@ -240,8 +243,10 @@ CANDIDATES = {
 }  # fmt: skip
 """Rows, pixels, ahead, stages and per_sm to try for each kind of column, as in CUTS."""
 TRIALS = {
-    ("frames", 1): Job(SHAPES[0], "channel", "bf16"),
-    ("frames", 2): Job(SHAPES[0], "channel", "fp32"),
+    ("channel", 1): Job(SHAPES[0], "channel", "bf16"),
+    ("channel", 2): Job(SHAPES[0], "channel", "fp32"),
+    ("frames", 1): Job((8, 3, 21, 90, 160), "readout", "bf16"),
+    ("frames", 2): Job((8, 3, 21, 90, 160), "readout", "fp32"),
     ("short", 1): Job(SHAPES[1], "readout", "bf16"),
     ("short", 2): Job(SHAPES[1], "readout", "fp32"),
     ("long", 1): Job(SHAPES[0], "readout", "bf16"),

@@ -5,7 +5,7 @@ a tile, R rows of a chunk, M probe rows of a piece. A row is one (t, c) of a pix
 
 A program takes tiles of N pixels of one sample. It forms e in float32, lets the probe see it on the
 matrix units (y = K e), and writes g = a e + K^T (w y) while e is still on the chip; meanwhile the
-next tile is being fetched. What it summed goes to a table. The last program of a sample to arrive
+next tiles are being fetched. What it summed goes to a table. The last program of a sample to arrive
 adds that sample's entries in a fixed order, so that no result depends on who came last.
 
 Precision: the matrix units take float16 and add in float32, so K, e and w y are brought into its
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROW_NORM = tl.constexpr(16.0)
 """Rows of a prepared probe have norms from half of this up to this."""
@@ -126,6 +127,16 @@ def _ahead(
     for i in tl.static_range(AHEAD):
         read += (_read(x, v, i, first_c, n, inside_N, width, CHANNELS, C, T, R, HAS_V, FLAT),)
     return read
+
+
+@triton.jit
+def _fetch(x_desc, v_desc, sample, c, n, R: tl.constexpr, N: tl.constexpr, HAS_V: tl.constexpr):
+    """The columns of one channel at the pixels from n on, as stored; zeros where there are none."""
+    x_RN = x_desc.load([sample, c, 0, n]).reshape(R, N)
+    if HAS_V:
+        return (x_RN, v_desc.load([sample, c, 0, n]).reshape(R, N))
+    else:
+        return (x_RN,)
 
 
 @triton.jit
@@ -284,7 +295,7 @@ def _weigh(
     SIZES: tl.constexpr,
     P: tl.constexpr,
     EACH: tl.constexpr,
-    HAS_V: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HALVES: tl.constexpr,
 ):
     """Add the energies of y to sums, (M,) of rows or (N,) of pixels; return u = w y in halves."""
@@ -294,7 +305,7 @@ def _weigh(
         strong = y[j] * _gains(gain_ptr, STARTS[j], SIZES[j])[None, :]
         energy = tl.sum(y[j] * strong, 0 if EACH else 1)
         added += (sums[j] + energy * (inverse * inverse),)
-        weight = _weights(weight_ptr, b, STARTS[j], SIZES[j], P, EACH, HAS_V) / unit
+        weight = _weights(weight_ptr, b, STARTS[j], SIZES[j], P, EACH, WEIGHTED) / unit
         u += (_halves(strong * weight[None, :], HALVES),)
     return (added, u)
 
@@ -336,6 +347,9 @@ def _finish(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _kernel(
+    x_desc,
+    v_desc,
+    g_desc,
     x_ptr,
     v_ptr,
     g_ptr,
@@ -368,6 +382,7 @@ def _kernel(
     pixels,
     splits,
     probe_b,
+    share,
     one,
     CHANNELS: tl.constexpr,
     P: tl.constexpr,
@@ -381,11 +396,13 @@ def _kernel(
     SIZES: tl.constexpr,
     HALVES: tl.constexpr,
     RESIDENT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_V: tl.constexpr,
     GRAD: tl.constexpr,
     AGAIN: tl.constexpr,
+    EXACT: tl.constexpr,
     EACH: tl.constexpr,
     FLAT: tl.constexpr,
     UNIT: tl.constexpr,
@@ -396,10 +413,13 @@ def _kernel(
     CHUNKS: tl.constexpr = (C * T + R - 1) // R
     WIDTH: tl.constexpr = STARTS[len(SIZES) - 1] + SIZES[len(SIZES) - 1]
     ENTRY: tl.constexpr = WIDTH + 1 if EACH else 2
+    PIPELINE: tl.constexpr = STAGES if DESCRIBED else 1
+    WEIGHTED: tl.constexpr = HAS_V or AGAIN
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
 
     program = tl.program_id(0)
-    b = (program // splits).to(tl.int64)
+    sample = program // splits
+    b = sample.to(tl.int64)
     split = program % splits
 
     # Strides of b, c and t and the pixels come in units of UNIT, so that the compiler knows what
@@ -433,24 +453,25 @@ def _kernel(
         differ = 0
     bound = tl.abs(alpha)
     for j in tl.static_range(len(SIZES)):
-        weight = _weights(given_ptr, b, STARTS[j], SIZES[j], P, EACH, HAS_V)
+        weight = _weights(given_ptr, b, STARTS[j], SIZES[j], P, EACH, WEIGHTED)
         bound += tl.sum(tl.abs(weight) * _gains(gain_ptr, STARTS[j], SIZES[j]))
         if AGAIN:
             expected = d_flow * _weights(weight_ptr, b, STARTS[j], SIZES[j], P, EACH, HAS_V)
             near = tl.abs(weight - expected) <= 5e-7 * tl.abs(expected)
             differ += tl.sum((near == 0).to(tl.int32))
     if AGAIN:
-        matches = differ == 0
-        if matches:
+        if EXACT:  # then d_flow must not round it either
+            differ += (tl.abs(d_flow) != _power_of_two(tl.abs(d_flow))).to(tl.int32)
+        if differ == 0:
             return
     bound = tl.where(bound > 0, bound, 1.0)
-    if tl.abs(alpha) > bound * 2.0**-24:
-        unit = tl.abs(alpha) * _power_of_two(bound / tl.abs(alpha))
-    else:
+    if tl.abs(alpha) <= bound * 2.0**-24:
         alpha = 0.0
-        unit = _power_of_two(bound)
+    if AGAIN:
+        share = tl.where(alpha == 0, share, tl.abs(alpha))
+    unit = share * _power_of_two(bound / share)
     back = unit * 2.0 / pixels if AGAIN else 1.0
-    rate = alpha / unit  # a power of two, or zero
+    rate = alpha / unit
     diagonal = _diagonal(CHUNKS, rate, R, C, 0)
 
     flow_R = tl.zeros([R], tl.float32)
@@ -462,19 +483,23 @@ def _kernel(
         probe = ()
         for i in tl.static_range(CHUNKS):
             probe += (_probe(probe_ptr, i, R, STARTS, SIZES, HALVES),)
-        n = split % plane_tiles * N + tl.arange(0, N)
-        c = split // plane_tiles * C
-        ahead = _ahead(x, v, c, n, n < pixels, width, CHANNELS, C, T, R, HAS_V, FLAT, AHEAD)
-        for tile in tl.range(split, tiles, splits, num_stages=1, disable_licm=True):
-            n = tile % plane_tiles * N + tl.arange(0, N)
+        if AHEAD > 0:
+            n = split % plane_tiles * N + tl.arange(0, N)
+            c = split // plane_tiles * C
+            ahead = _ahead(x, v, c, n, n < pixels, width, CHANNELS, C, T, R, HAS_V, FLAT, AHEAD)
+        for tile in tl.range(split, tiles, splits, num_stages=PIPELINE, disable_licm=True):
+            first_n = tile % plane_tiles * N
+            n = first_n + tl.arange(0, N)
             c = tile // plane_tiles * C
             inside_N = n < pixels
             following = tile + splits
             next_n = following % plane_tiles * N + tl.arange(0, N)
             next_c = following // plane_tiles * C
             next_inside_N = next_n < tl.where(following < tiles, pixels, 0)
-            read = ahead
-            if CHUNKS == AHEAD:
+            read = ()
+            if AHEAD > 0:
+                read = ahead
+            if AHEAD == CHUNKS:
                 ahead = _ahead(
                     x,
                     v,
@@ -493,7 +518,9 @@ def _kernel(
             e = ()
             y = _nothing(N, SIZES)
             for i in tl.static_range(CHUNKS):
-                if i + AHEAD < CHUNKS:
+                if DESCRIBED:
+                    read += (_fetch(x_desc, v_desc, sample, c, first_n, R, N, HAS_V),)
+                elif i + AHEAD < CHUNKS:
                     read += (
                         _read(
                             x, v, i + AHEAD, c, n, inside_N, width, CHANNELS, C, T, R, HAS_V, FLAT
@@ -511,9 +538,9 @@ def _kernel(
                 e += (_flip(_halves(e_RN, HALVES), HALVES),)
                 y = _see(y, e[i], probe[i], one, HALVES)
             sums, u = _weigh(
-                y, sums, 1.0, unit, gain_ptr, given_ptr, b, STARTS, SIZES, P, EACH, HAS_V, HALVES
+                y, sums, 1.0, unit, gain_ptr, given_ptr, b, STARTS, SIZES, P, EACH, WEIGHTED, HALVES
             )
-            if CHUNKS > AHEAD:
+            if (AHEAD > 0) & (AHEAD < CHUNKS):
                 ahead = _ahead(
                     x,
                     v,
@@ -535,11 +562,12 @@ def _kernel(
                     if i * R < FIRST * C:
                         chosen = _diagonal(i, rate, R, C, FIRST)
                     g_RN = _gradient(e[i], chosen, u, probe[i], N, R, HALVES) * back
-                    tl.store(
-                        _at(g, i, c, n, width, C, R, FLAT),
-                        g_RN.to(g_ptr.dtype.element_ty),
-                        _inside(i, inside_N, CHANNELS - c, C, T, R, CHANNELS % C == 0),
-                    )
+                    g_RN = g_RN.to(g_ptr.dtype.element_ty)
+                    if DESCRIBED:
+                        g_desc.store([sample, c, 0, first_n], g_RN.reshape(1, 1, R, N))
+                    else:
+                        inside = _inside(i, inside_N, CHANNELS - c, C, T, R, CHANNELS % C == 0)
+                        tl.store(_at(g, i, c, n, width, C, R, FLAT), g_RN, inside)
         total = tl.sum(flow_R) + tl.sum(given_R)
         smallest = (SMALLEST_TWO if HALVES == 2 else SMALLEST_ONE) * (C * T * N)
         smallest *= tl.cdiv(tiles - split, splits)
@@ -589,7 +617,7 @@ def _kernel(
                 SIZES,
                 P,
                 EACH,
-                HAS_V,
+                WEIGHTED,
                 HALVES,
             )
             if GRAD:
@@ -675,6 +703,8 @@ class Cut:
 
 
 CUTS = {
+    ("channel", 1): (32, 128, 0, 3, 4),
+    ("channel", 2): (32, 64, 0, 3, 4),
     ("frames", 1): (32, 64, 2, 1, 3),
     ("frames", 2): (64, 64, 1, 1, 2),
     ("short", 1): (32, 64, 2, 1, 3),
@@ -684,8 +714,9 @@ CUTS = {
     ("streamed", 2): (32, 64, 1, 3, 2),
 }
 """Rows, pixels, ahead, stages and per_sm for each kind of column and number of halves: the fastest
-that `python -m tempolora.bench kernels --cuts` found on an H200. frames: one chunk; short, long: up
-to four chunks or eight, all on the chip; streamed: the rest."""
+that `python -m tempolora.bench kernels --cuts` found on an H200. channel: a tile is one channel,
+fetched and stored through descriptors, stages ahead; frames: one chunk; short, long: up to four
+chunks or eight, all on the chip; streamed: the rest."""
 
 
 def cut(
@@ -696,6 +727,11 @@ def cut(
     aligned: rows of a tile can be fetched 16 bytes at a time; what cannot is streamed, since its
     many small fetches leave no registers for a column.
     """
+    if by_channel and aligned and frames <= 32 and rows <= 64:
+        lines, pixels, ahead, stages, per_sm = CUTS["channel", halves]
+        if frames <= lines // 2:
+            lines, pixels = lines // 2, pixels * 2
+        return Cut(1, 1, pieces(rows), halves, "channel", lines, pixels, ahead, stages, per_sm)
     group = min(channels, max(1, 64 // frames)) if by_channel else channels
     sizes = pieces(rows * group if by_channel else rows)
     chunks = -(-group * frames // 64)
@@ -784,6 +820,7 @@ def _geometry(*tensors: Tensor) -> tuple[dict[str, int], dict[str, bool | int]]:
         h == width or shape[3] == 1 for *_, h, _ in strides
     )
     aligned = flat and all(n % 8 == 0 for *outer, _, _ in strides for n in [*outer, pixels])
+    aligned &= all(tensor.data_ptr() % 16 == 0 and 0 not in tensor.stride() for tensor in tensors)
     unit = 8 if aligned else 1
     runtime = {"width": width, "pixels": pixels // unit}
     for name, (b, c, t, h, w) in zip("xvg", strides):
@@ -796,6 +833,17 @@ def _geometry(*tensors: Tensor) -> tuple[dict[str, int], dict[str, bool | int]]:
         "ALIKE": all(own == strides[0] for own in strides),
         "WIDE": span >= 2**31,
     }
+
+
+def _descriptor(tensor: Tensor, shape: Cut) -> TensorDescriptor:
+    """What the memory unit needs to fetch a tile of one channel; pixels count as one dimension."""
+    samples, channels, frames, height, width = tensor.shape
+    pixels = height * width
+    strides = [
+        stride if size > 1 else pixels for size, stride in zip(tensor.shape[:3], tensor.stride())
+    ]
+    size = [samples, channels, frames, pixels]
+    return TensorDescriptor(tensor, size, [*strides, 1], [1, 1, shape.rows, shape.pixels])
 
 
 def _programs(device: torch.device, samples: int, tiles: int, per_sm: int) -> int:
@@ -819,8 +867,9 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel: flow (B,), energy (B,) or (B, P), the gradient, and its unit (B,).
 
-    The gradient of flow + weight * energy is the third times the fourth. again: where to write the
-    gradient, d_flow and d_energy; samples whose d_energy is weight * d_flow are left alone.
+    The gradient of flow + weight * energy is the third times the fourth, a power of two. again:
+    where to write the gradient, d_flow and d_energy; samples whose d_energy is weight * d_flow are
+    left alone, but for 16-bit gradients with a d_flow that would round them a second time.
     """
     samples, channels, frames, height, width = x_BCTHW.shape
     rows = probe.shape[1] if probe.ndim == 4 else probe.shape[0]
@@ -835,8 +884,15 @@ def launch(
         halves = 2 if torch.float32 in (x_BCTHW.dtype, v.dtype) else 1
         shape = cut(channels, frames, rows, probe.ndim == 2, halves, common["UNIT"] > 1)
     made, gain = prepare(probe, shape)
+    described = shape.kind == "channel"
     tiles = math.ceil(height * width / shape.pixels) * math.ceil(channels / shape.group)
     splits = _programs(x_BCTHW.device, samples, tiles, shape.per_sm)
+    # In units of its share in a mean the flow's gradient is a power of two. A 16-bit gradient has
+    # a unit that is one itself: scaling by it does not round a second time.
+    share = 1.0 / (channels * (frames - first_frame)) if v_BCTHW is not None else 1.0
+    exact = gradient.dtype != torch.float32
+    if exact:
+        share = 2.0 ** math.floor(math.log2(2 * share / (height * width))) * height * width / 2
     new = {"dtype": torch.float32, "device": x_BCTHW.device}
     flow, unit = torch.empty(samples, **new), torch.empty(samples, **new)
     energy = torch.empty((samples, rows) if each else samples, **new)
@@ -844,6 +900,7 @@ def launch(
     if not again:
         d_flow = d_energy = flow
     _kernel[(samples * splits,)](
+        *(_descriptor(one, shape) if described else None for one in (x_BCTHW, v, gradient)),
         x_BCTHW,
         v,
         gradient,
@@ -860,6 +917,7 @@ def launch(
         **runtime,
         splits=splits,
         probe_b=int(probe.ndim == 4),
+        share=share,
         one=1.0,
         CHANNELS=channels,
         P=rows,
@@ -873,11 +931,13 @@ def launch(
         SIZES=shape.sizes,
         HALVES=shape.halves,
         RESIDENT=shape.kind != "streamed",
+        DESCRIBED=described,
         AHEAD=shape.ahead,
         STAGES=shape.stages,
         HAS_V=v_BCTHW is not None,
         GRAD=wants_grad,
         AGAIN=again is not None,
+        EXACT=exact,
         EACH=each,
         **common,
         num_warps=WARPS,
@@ -912,18 +972,26 @@ class _ProbeEnergy(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         _, energy, gradient, unit = launch(residual, None, probe, None, 0, wants_grad)
         if wants_grad:
-            ctx.save_for_backward(gradient, unit)
+            ctx.save_for_backward(residual, probe, gradient, unit)
         return energy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_energy):
-        made, unit = ctx.saved_tensors
-        return _scaled(made, d_energy * unit), None
+        residual, probe, made, unit = ctx.saved_tensors
+        gradient = _scaled(made, d_energy * unit)
+        if gradient.dtype != torch.float32:
+            d_energy = d_energy.contiguous()
+            launch(residual, None, probe, None, 0, True, again=(gradient, d_energy, d_energy))
+        return gradient, None
 
 
 def _scaled(gradient_BCTHW: Tensor, factor_B: Tensor) -> Tensor:
-    """A new tensor of the same dtype; the product is rounded once."""
+    """A new tensor of the same dtype."""
+    if gradient_BCTHW.dtype == torch.bfloat16:
+        # Holds any power of two, and torch multiplies two of a kind several times faster; samples
+        # whose factor is none are computed anew.
+        factor_B = factor_B.bfloat16()
     out = torch.empty_like(gradient_BCTHW)
     return torch.mul(gradient_BCTHW, factor_B.view(-1, 1, 1, 1, 1), out=out)
 
