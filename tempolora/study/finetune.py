@@ -1,0 +1,92 @@
+"""One expert's LoRA, trained in memory with the product's own loss, adapters and drawing."""
+
+import logging
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tempolora.config import Config
+from tempolora.data.loader import sample_of_draw
+from tempolora.model import lora, wan
+from tempolora.study.arms import Arm
+from tempolora.study.clips import TrainingClips
+from tempolora.study.peers import build_extra
+from tempolora.study.rows import move_rows
+from tempolora.train.engine import build_optimizer
+from tempolora.train.flow import velocity
+from tempolora.train.objective import Objective
+from tempolora.train.rollout import Rollout
+from tempolora.train.schedule import lr_at
+from tempolora.train.step import Collate
+from tempolora.train.world import World
+
+log = logging.getLogger(__name__)
+
+
+def with_adapters(cfg: Config, arm: Arm, expert: str, device: torch.device) -> nn.Module:
+    """The expert's transformer with the arm's adapters in it, fresh ones where it has any."""
+    transformer = wan.load_transformer(cfg.model, expert, device)
+    if arm.is_tuned:
+        lora.add_lora(transformer, cfg.lora, cfg.timebase, cfg.train.seed)
+        if arm.target.rows:
+            move_rows(transformer, arm.target.rows, cfg.train.seed)
+    return transformer
+
+
+def finetune(
+    cfg: Config, arm: Arm, expert: str, clips: TrainingClips, device: torch.device
+) -> tuple[nn.Module, float]:
+    """The expert with trained adapters, and its flow loss, mean over the last tenth of the steps.
+
+    Raises FloatingPointError where that is not finite.
+    """
+    transformer = with_adapters(cfg, arm, expert, device)
+    world = World(0, 1, device)
+    readout = clips.readout if cfg.rhythm.signal == "readout" else None
+    objective = Objective(cfg, expert, readout, device)
+    rollout = None
+    if cfg.rhythm.rollout_every and expert == "low":  # as in the trainer
+        rollout = Rollout(cfg, expert, clips.readout, clips.bank, device)
+    extra = build_extra(arm.loss.extra, transformer, cfg.train.seed)
+    weights = list(lora.lora_parameters(transformer).values())
+    weights += list(extra.parameters()) if extra else []
+    optimizer = build_optimizer(cfg.train, weights)
+    predict = partial(wan.predict_velocity, transformer)
+    collate = Collate(cfg, expert, clips.empty_text_LD)
+    steps, size = cfg.train.max_steps, cfg.train.batch_size
+    flows: list[Tensor] = []
+    for step in tqdm(range(1, steps + 1), f"{arm.name} {expert}", disable=None):
+        draws = range((step - 1) * size, step * size)
+        chosen = [sample_of_draw(n, len(clips.samples), cfg.train.seed) for n in draws]
+        batch = collate([(n, clips.samples[k]) for n, k in zip(draws, chosen, strict=True)])
+        batch = batch.to(device)
+        if objective.uncalibrated:
+            objective.calibrate(predict, [batch], world)
+        v_hat = objective.denoise(predict, batch, objective.noised(batch), batch.sigma_B)
+        outcome = objective.compare(batch, v_hat)
+        if objective.calibrating(step):
+            objective.note(batch, outcome)
+        if extra:
+            v = velocity(batch.latents_BCTHW, batch.noise_BCTHW)
+            outcome = replace(outcome, loss=extra(outcome.loss, v_hat, v))
+        if rollout and rollout.due(step):
+            outcome = rollout.join(outcome, objective, predict, batch)
+        outcome.loss.backward()
+        objective.settle(world)
+        nn.utils.clip_grad_norm_(weights, cfg.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg.train)
+        optimizer.step()
+        optimizer.zero_grad()
+        flows.append(outcome.flow_B.mean())
+    if extra:
+        extra.close()
+    flow = torch.stack(flows[-max(1, steps // 10) :]).mean().item()
+    if not math.isfinite(flow):
+        raise FloatingPointError(f"{arm.name}, {expert}: the loss is not finite")
+    log.info("%s %s: flow %.4f", arm.name, expert, flow)
+    return transformer.requires_grad_(False).eval(), flow
