@@ -249,9 +249,22 @@ def test_rates_that_differ_are_not_compared(folders, tmp_path):
     assert whys["jerk_log2"] == "the video runs at 24 fps and its truth at 16"
     assert found["clips"]["slow.mp4"]["dominant_hz"] == pytest.approx(0.9 * 1.5, rel=0.02)
 
-    (clips / "other.mp4").write_bytes((folders / "clean" / "fast.mp4").read_bytes())
-    with pytest.raises(ConfigError, match="--reference: its clips run at 16 to 24 fps"):
-        evaluate(folders / "clean", out, SETTINGS, reference=clips)
+
+def test_reference_clips_without_namesakes_are_brought_to_the_videos_rate_and_size(
+    folders, tmp_path
+):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    wide = np.pad(disc(1.0), ((0, 0), (0, 0), (12, 12), (0, 0)), "edge")
+    write_mp4(clips / "wide.mp4", np.concatenate([wide, wide]), 30)
+    write_mp4(clips / "short.mp4", disc(1.0), 30)
+    out = tmp_path / "out"
+    evaluate(folders / "clean", out, SETTINGS, reference=clips)
+    found = json.loads((out / "metrics.json").read_text())
+    assert set(found["reference_clips"]) == {"wide.mp4"}  # the disc swings at 30/16 Hz there
+    assert found["reference_clips"]["wide.mp4"]["dominant_hz"] == pytest.approx(30 / 16, rel=0.03)
+    assert {"jitter_log2", "flicker_score"} <= set(found["clips"]["slow.mp4"])
+    assert [skipped["file"] for skipped in found["skipped"]] == ["short.mp4"]
 
 
 def test_a_mover_of_another_colour_is_not_found_and_wins_nothing(folders, tmp_path):

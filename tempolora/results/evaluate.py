@@ -1,7 +1,8 @@
 """A folder of videos -> metrics.json and evaluate.html: how they move and how much they flicker.
 
 Each mp4 is decoded as it is, at its own size and rate, and measured by `results/measured.py`, one
-after the other. What could not be read or computed stands in both files, with the reason.
+after the other; reference clips are first brought to the videos' size, rate and length. What could
+not be read or computed stands in both files, with the reason.
 """
 
 import json
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tempolora.config import ConfigError
-from tempolora.data.clips import ClipRejected, Whole, read_clip
+from tempolora.data.clips import ClipRejected, Whole, WindowSpec, read_clip
 from tempolora.files import replacing, write_json
 from tempolora.results.evaluate_page import page
 from tempolora.results.measured import (
@@ -57,9 +58,11 @@ def evaluate(
     """Measure the mp4s of a folder; writes out/metrics.json and out/evaluate.html, returns that.
 
     reference: folder of clips that "log2 of reference" and the scores are relative to, best real
-    ones decoded by the same VAE. truth: JSON object, file -> kind, hz, fps, track_px, colour.
-    audio: match motion with the videos' own soundtracks. Raises ConfigError for what the user can
-    mend; files that cannot be read are named in the results.
+    ones decoded by the same VAE. Where every video has a namesake there, that is taken as it is;
+    else clips are resampled as for training to what the first readable video is. truth: JSON
+    object, file -> kind, hz, fps, track_px, colour. audio: match motion with the videos' own
+    soundtracks. Raises ConfigError for what the user can mend; files that cannot be read are named
+    in the results.
     """
     sources = {"--videos": list_mp4s(videos, "--videos")}
     if reference is not None:
@@ -70,14 +73,16 @@ def evaluate(
     base = None
     masks_FHW: dict[str, Tensor] = {}
     if reference is not None:
+        names = {path.name for path in sources["--videos"]}
+        paired = names <= {path.name for path in sources["--reference"]}
+        like = None if paired else _window_of(sources["--videos"], settings)
         measured = {}
-        for video in _readable("--reference", sources["--reference"], settings, skipped):
+        for video in _readable("--reference", sources["--reference"], settings, skipped, like):
             measured[video.name] = measure(video, settings)
             if video.name in known:
                 mask_FHW = mover(video, known[video.name])[0][0]
                 masks_FHW[video.name] = (metrics.LEVELS * mask_FHW).round().byte()
-        names = {path.name for path in sources["--videos"]}
-        base = Reference.of(measured, paired=names <= {p.name for p in sources["--reference"]})
+        base = Reference.of(measured, paired)
     found: dict[str, Measured] = {}
     for video in _readable("--videos", sources["--videos"], settings, skipped):
         result = found[video.name] = measure(video, settings)
@@ -166,8 +171,19 @@ def _fault_in(entry: Any) -> str | None:
     return None
 
 
+def _window_of(paths: Sequence[Path], settings: Settings) -> WindowSpec:
+    """What the first readable video is: its rate, length and size."""
+    video = next(_readable("--videos", paths, settings, []))
+    frames, height, width, _ = video.frames_FHW3.shape
+    return WindowSpec(video.fps, frames, height, width, "first", 1, "auto")
+
+
 def _readable(
-    option: str, paths: Sequence[Path], settings: Settings, skipped: list[dict[str, str]]
+    option: str,
+    paths: Sequence[Path],
+    settings: Settings,
+    skipped: list[dict[str, str]],
+    like: WindowSpec | None = None,
 ) -> Iterator[Video]:
     """The videos one after the other; what cannot be read is added to `skipped`, with the reason.
 
@@ -177,7 +193,7 @@ def _readable(
     for path in tqdm(paths, option.lstrip("-"), unit="video", disable=None):
         with tempfile.TemporaryDirectory(prefix="tempolora_evaluate_") as scratch:
             try:
-                video = read_video(path, Path(scratch), settings.decode_timeout_s)
+                video = read_video(path, Path(scratch), settings.decode_timeout_s, like)
             except ClipRejected as reason:
                 first_reason = first_reason or str(reason)
                 skipped.append({"folder": option, "file": path.name, "why": str(reason)})
@@ -189,14 +205,17 @@ def _readable(
         raise ConfigError(f"{option}: none of {len(paths)} videos can be read; {first_reason}")
 
 
-def read_video(path: Path, scratch: Path, timeout_s: float) -> Video:
-    """Decode an mp4 at its own size and rate in a process of its own; frames stay in `scratch`.
+def read_video(
+    path: Path, scratch: Path, timeout_s: float, like: WindowSpec | None = None
+) -> Video:
+    """Decode an mp4 in a process of its own; frames stay in `scratch`.
 
-    At most MOST_PIXELS of it. Raises ClipRejected where it cannot be read or its frames are not
-    evenly spaced: what would have to be made up is not measured.
+    Whole, at its own size and rate, but no more than MOST_PIXELS; or a window `like` that. Raises
+    ClipRejected where it cannot be read, cannot give such a window, or its frames are not evenly
+    spaced: what would have to be made up is not measured.
     """
-    clip = read_clip(path, Whole(LEAST_FRAMES, MOST_PIXELS), scratch, timeout_s)
-    return Video(path.name, clip.windows[0].frames, clip.source_fps, clip)
+    clip = read_clip(path, like or Whole(LEAST_FRAMES, MOST_PIXELS), scratch, timeout_s)
+    return Video(path.name, clip.windows[0].frames, like.fps if like else clip.source_fps, clip)
 
 
 # --- Results --------------------------------------------------------------------------------------
