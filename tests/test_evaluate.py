@@ -12,7 +12,6 @@ from test_metrics import discs, swing
 from test_report import Page
 
 from tempolora import cli
-from tempolora.config import ConfigError
 from tempolora.data.video import write_mp4
 from tempolora.results.evaluate import METRICS, Settings, evaluate
 
