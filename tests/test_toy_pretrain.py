@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tempolora.config import ModelConfig
 from tempolora.data.toy import KINDS, SHAPES, TEXTURES, Scenes, captions, draw_scenes, scene
 from tempolora.model import tinywan, wan
 from tempolora.rhythm.tempo import LUMA
@@ -207,6 +208,28 @@ def test_an_expert_learns_is_written_and_read_back(tmp_path, monkeypatch):
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["training"])["steps"] == 40
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_a_folder_of_trained_experts_is_a_model(tmp_path, capsys):
+    small = tinywan.expert_architecture() | {"num_layers": 1, "ffn_dim": 128}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("high", "low")}
+    for seed, path in enumerate(files.values()):
+        torch.manual_seed(seed)
+        experts.write_expert(wan.new_transformer(small), small, path, {})
+    arguments = ["folder", "--high", str(files["high"]), "--low", str(files["low"]), "--out"]
+    assert main([*arguments, str(tmp_path / "model")]) == 0
+    model = ModelConfig(id=str(tmp_path / "model"), base="fp32")
+    for name, path in files.items():
+        loaded = wan.load_transformer(model, name, "cpu").state_dict()
+        for key, value in tinywan.read_expert(path).state_dict().items():
+            assert torch.equal(loaded[key], value), (name, key)
+    assert main([*arguments, str(tmp_path / "model")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["folder", "--high", "no", "--low", "no", "--out", str(tmp_path / "other")]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model",
+        *(p.name for p in files.values()),
+    }
 
 
 def flow_loss(transformer, pool) -> float:

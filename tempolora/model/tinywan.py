@@ -11,7 +11,9 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from tempolora.files import cache_folder
 from tempolora.model import wan
 from tempolora.model.architectures import TEXT_ENCODER, TRANSFORMER, VAE
+from tempolora.model.location import PART_OF
 from tempolora.variants import TEXT_TOKENS, VARIANTS
 
 logger = logging.getLogger(__name__)
@@ -80,21 +83,31 @@ def tinywan_folder(variant_name: str) -> Path:
     return folder
 
 
-def build_tinywan(variant_name: str, folder: Path) -> None:
-    """Write TinyWan in the shape of `variant_name` into the existing, empty `folder`."""
+def build_tinywan(
+    variant_name: str,
+    folder: Path,
+    vae: Path | None = None,
+    experts: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """Write TinyWan in the shape of `variant_name` into the existing, empty `folder`.
+
+    vae, experts: files that `python -m tempolora.toy_pretrain` wrote, in place of what is shipped
+    or drawn; experts by name, "high" and "low".
+    """
     transformers = ["transformer", "transformer_2"][: len(VARIANTS[variant_name].experts)]
     # Fork, so that building leaves the caller's random state alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         tokenizer, text_encoder = _new_text_parts()
-        vae = read_vae(vae_file(variant_name))
         parts = {
             name: wan.new_transformer(TRANSFORMER[variant_name] | _SMALL_TRANSFORMER)
             for name in transformers
         }
+        parts |= {PART_OF[expert]: read_expert(path) for expert, path in experts.items()}
+        parts["vae"] = read_vae(vae or vae_file(variant_name))
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
-    for name, part in {**parts, "vae": vae}.items():
+    for name, part in parts.items():
         part.save_pretrained(folder / name)
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(variant_name))
     _write_json(folder / "model_index.json", _model_index(variant_name, type(tokenizer).__name__))

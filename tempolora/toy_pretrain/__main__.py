@@ -2,12 +2,14 @@
 
 `vae --variant t2v_a14b --out FILE` trains a small causal VAE on drawn clips, and on crops of real
 ones with --clips; `measure` prints how well such a file, or the shipped one, passes a picture and
-its rhythm; `experts --expert high --out FILE` trains a text-to-video expert on latents of the VAE.
+its rhythm; `experts --expert high --out FILE` trains a text-to-video expert on latents of the VAE;
+`folder --high FILE --low FILE --out FOLDER` makes a model folder of the two.
 """
 
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     experts.add_argument("--steps", type=int, default=15_000)
     experts.add_argument("--drawn", type=int, default=32_768, help="clips to draw and encode")
     experts.add_argument("--seed", type=int, default=0)
+
+    folder = _subcommand(commands, "folder", _folder)
+    for name in ("high", "low"):
+        folder.add_argument(f"--{name}", type=Path, required=True, help="what `experts` wrote")
+    folder.add_argument("--vae", type=Path, help="the one they were trained on, if not shipped")
+    folder.add_argument("--out", type=Path, required=True, help="the folder to make")
 
     measure = _subcommand(commands, "measure", _measure)
     measure.add_argument("--weights", type=Path, help="by default what is shipped")
@@ -116,6 +124,23 @@ def _experts(options: argparse.Namespace) -> None:
     training = {key: getattr(options, key) for key in ("expert", "steps", "seed", "drawn")}
     write_expert(expert, architecture, options.out, training)
     log.info("wrote %s (%s)", options.out, training)
+
+
+def _folder(options: argparse.Namespace) -> None:
+    _check(options)
+    files = {"high": options.high, "low": options.low, "vae": options.vae}
+    for name, path in files.items():
+        if path is not None and not path.is_file():
+            raise ConfigError(f"--{name}: there is no file {path}")
+    if options.out.exists():
+        raise ConfigError(f"--out: {options.out} is there already")
+    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".model-") as holder:
+        aside = Path(holder) / "model"
+        aside.mkdir()
+        vae = files.pop("vae")
+        tinywan.build_tinywan("t2v_a14b", aside, vae, files)
+        aside.rename(options.out)
+    log.info("wrote %s", options.out)
 
 
 def _measure(options: argparse.Namespace) -> None:
