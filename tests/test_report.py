@@ -484,7 +484,7 @@ def test_any_finite_values_can_be_drawn(tmp_path, values):
     assert points and "nan" not in points and "inf" not in points
 
 
-def testtick_labels_are_short_and_of_one_form_at_any_size():
+def test_tick_labels_are_short_and_of_one_form_at_any_size():
     assert tick_labels([0, 0.00025, 0.0005, 0.00075, 0.001]) == [
         "0",
         "2.5e-4",
