@@ -76,7 +76,7 @@ def test_a_mistake_in_the_clip_list_is_one_line_and_exit_2(
         ("train.max_steps=many", 'train.max_steps: given "many"'),
         ("model.id=./no_such_model", "model.id: ./no_such_model is not a folder"),
         ('model.files={"vae": "vae.ckpt"}', "model.files.vae: vae.ckpt is not a .safetensors file"),
-        ("lora.blocks=[0,99]", "lora.blocks: given [0, 99] (first, end), but this model has 2"),
+        ("lora.blocks=[0,99]", "lora.blocks: given [0, 99] (first, end), but this model has 3"),
     ],
 )
 def test_a_mistake_in_the_config_is_one_line_and_exit_2(

@@ -200,7 +200,10 @@ def test_every_loss_changes_what_is_learned(settings, loss):
             cfg = cfg.model_copy(
                 update={"rhythm": cfg.rhythm.model_copy(update={"rollout_every": 1})}
             )
-        trained, flow = experiment.finetune(cfg, one, "low", shared.training, shared.device)
+        batches = shared.batches("low")
+        trained, flow = experiment.finetune(
+            cfg, one, "low", shared.training, batches, shared.device
+        )
         assert np.isfinite(flow)
         weights[one.name] = torch.cat([w.flatten() for w in lora.lora_parameters(trained).values()])
     first, second = weights.values()

@@ -200,10 +200,18 @@ def test_the_folder_holds_the_shipped_vae_in_fp32(tinywan, variant):
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
+TEXT = "text_encoder.safetensors"
+
+
 def test_the_shipped_weights_stay_small_and_fit_what_the_code_builds():
-    files = {module.vae_file(variant) for variant in VARIANTS}
-    assert set(module.WEIGHTS.iterdir()) == files
-    assert sum(path.stat().st_size for path in files) < 5_000_000
+    vaes = {module.vae_file(variant) for variant in VARIANTS}
+    experts = {module.expert_file(expert) for expert in ("high", "low")}
+    assert set(module.WEIGHTS.iterdir()) == {*vaes, *experts, module.WEIGHTS / TEXT}
+    assert sum(path.stat().st_size for path in module.WEIGHTS.iterdir()) < 16_000_000
+    wanted = wan.new_transformer(module.expert_architecture()).state_dict()
+    for path in experts:
+        state = module.read_expert(path).state_dict()
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in wanted.items()}
     for variant in VARIANTS:
         config = module.plain_config(module.read_vae(module.vae_file(variant)))
         wanted = module.vae_architecture(variant)

@@ -16,6 +16,7 @@ from tempolora.toy_pretrain import __main__ as command
 from tempolora.toy_pretrain import clips, experts, measure
 from tempolora.toy_pretrain import vae as training
 from tempolora.toy_pretrain.__main__ import main
+from tempolora.toy_pretrain.parts import write_part
 
 
 @pytest.mark.parametrize("variant", ["t2v_a14b", "ti2v_5b"])
@@ -190,6 +191,25 @@ def test_captions_are_words_to_the_tokenizer_and_other_text_comes_back():
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_one_token_of_padding_counts_for_all_of_it():
+    torch.manual_seed(0)
+    transformer = wan.new_transformer(tinywan.expert_architecture()).eval()
+    for block in transformer.blocks:  # so that words differ in what they are worth
+        torch.nn.init.normal_(block.attn2.to_k.weight, std=0.2)
+    prompts = ["a red disc lights up and dims", "", "a blue square swings like a pendulum"]
+    texts = wan.encode_prompts(*tinywan.text_parts(), prompts)
+    tokens = 1 + max(len(text) for text in texts)
+    text_BLD = wan.pad_text(texts)
+    latents, sigma_B = torch.randn(3, 16, 5, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        whole = wan.predict_velocity(transformer, latents, sigma_B, text_BLD)
+        uncounted = wan.predict_velocity(transformer, latents, sigma_B, text_BLD[:, :tokens])
+        experts.count_padding(transformer, tokens)
+        short = wan.predict_velocity(transformer, latents, sigma_B, text_BLD[:, :tokens])
+    assert (uncounted - whole).norm() > 1e-3 * whole.norm()
+    assert (short - whole).norm() < 1e-5 * whole.norm()
+
+
 def test_an_expert_learns_is_written_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(experts, "BATCH", 4)
     monkeypatch.setattr(experts, "WARMUP_STEPS", 2)
@@ -215,7 +235,7 @@ def test_a_folder_of_trained_experts_is_a_model(tmp_path, capsys):
     files = {name: tmp_path / f"{name}.safetensors" for name in ("high", "low")}
     for seed, path in enumerate(files.values()):
         torch.manual_seed(seed)
-        experts.write_expert(wan.new_transformer(small), small, path, {})
+        write_part(wan.new_transformer(small), small, path, {}, torch.bfloat16)
     arguments = ["folder", "--high", str(files["high"]), "--low", str(files["low"]), "--out"]
     assert main([*arguments, str(tmp_path / "model")]) == 0
     model = ModelConfig(id=str(tmp_path / "model"), base="fp32")

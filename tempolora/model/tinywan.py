@@ -2,18 +2,18 @@
 
 It is the published architecture with smaller numbers, so every path that loads, trains or samples
 Wan runs on it unchanged. Heads keep their 128 channels: temporal rows are those of the real model.
-The VAE is a trained one, shipped beside this module; the other weights are drawn from a fixed
-seed, so a folder built anywhere is the same.
+The VAEs, the text encoder and T2V-A14B's experts are shipped beside this module, trained on drawn
+clips; the transformers of the other variants are drawn from a fixed seed.
 """
 
 import json
 import logging
 import os
 import shutil
+import string
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from tempolora.files import cache_folder
 from tempolora.model import wan
 from tempolora.model.architectures import TEXT_ENCODER, TRANSFORMER, VAE
 from tempolora.model.location import PART_OF
-from tempolora.variants import TEXT_TOKENS, VARIANTS
+from tempolora.variants import NEGATIVE_PROMPT, TEXT_TOKENS, VARIANTS
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # raise it with every change of what the folder holds
+VERSION = 5  # raise it with every change of what the folder holds
 SEED = 20_220_728
 TEXT_WIDTH = 32
+TRAINED = "t2v_a14b"  # whose transformers are
 WEIGHTS = Path(__file__).parent / "weights"
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 WORDS = """
@@ -87,18 +88,20 @@ def build_tinywan(
     variant_name: str,
     folder: Path,
     vae: Path | None = None,
-    experts: Mapping[str, Path] = MappingProxyType({}),
+    experts: Mapping[str, Path] | None = None,
 ) -> None:
     """Write TinyWan in the shape of `variant_name` into the existing, empty `folder`.
 
     vae, experts: files that `python -m tempolora.toy_pretrain` wrote, in place of what is shipped
     or drawn; experts by name, "high" and "low".
     """
+    shipped = {expert: expert_file(expert) for expert in VARIANTS[TRAINED].experts}
+    experts = experts or (shipped if variant_name == TRAINED else {})
     transformers = ["transformer", "transformer_2"][: len(VARIANTS[variant_name].experts)]
     # Fork, so that building leaves the caller's random state alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        tokenizer, text_encoder = _new_text_parts()
+        tokenizer, text_encoder = text_parts()
         parts = {
             name: wan.new_transformer(TRANSFORMER[variant_name] | _SMALL_TRANSFORMER)
             for name in transformers
@@ -115,20 +118,30 @@ def build_tinywan(
 
 def text_parts() -> tuple[Any, torch.nn.Module]:
     """TinyWan's tokenizer and text encoder, the same in every variant."""
+    text_encoder = wan.new_text_encoder(_read(WEIGHTS / "text_encoder.safetensors", state := {}))
+    text_encoder.load_state_dict(state)
+    return _tokenizer(), text_encoder.requires_grad_(False).eval()
+
+
+def drawn_text_encoder() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The text encoder as it was drawn from the seed, never trained, and its architecture.
+
+    It is shipped because a library's way to draw weights may change, and the experts know this one.
+    """
+    architecture = TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(_tokenizer())}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return _new_text_parts()
-
-
-def _new_text_parts() -> tuple[Any, torch.nn.Module]:
-    tokenizer = _tokenizer()
-    config = TEXT_ENCODER | _SMALL_TEXT_ENCODER | {"vocab_size": len(tokenizer)}
-    return tokenizer, wan.new_text_encoder(config).requires_grad_(False).eval()
+        return wan.new_text_encoder(architecture), architecture
 
 
 def expert_architecture() -> dict[str, Any]:
     """What `python -m tempolora.toy_pretrain experts` trains: text to video."""
-    return TRANSFORMER["t2v_a14b"] | _SMALL_TRANSFORMER | {"num_layers": 3, "ffn_dim": 512}
+    return TRANSFORMER[TRAINED] | _SMALL_TRANSFORMER | {"num_layers": 3, "ffn_dim": 512}
+
+
+def expert_file(expert: str) -> Path:
+    """The shipped weights of an expert."""
+    return WEIGHTS / f"{TRAINED}_{expert}.safetensors"
 
 
 def read_expert(path: Path) -> torch.nn.Module:
@@ -168,9 +181,9 @@ def plain_config(vae: torch.nn.Module) -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    """A token for each of WORDS and each other UTF-8 byte, closed by an end token.
+    """A token for each of WORDS, each sign of Wan's negative prompt, each other UTF-8 byte.
 
-    Any text comes back as it was.
+    Closed by an end token. Any text comes back as it was.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -180,6 +193,8 @@ def _tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_tokens([AddedToken(word, single_word=True) for word in WORDS.split()])
+    signs = sorted(set(NEGATIVE_PROMPT) - set(string.printable))
+    tokenizer.add_tokens([AddedToken(sign, normalized=False) for sign in signs])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]

@@ -82,6 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     if min(options.seeds) < 0:
         raise ConfigError("--seeds: must not be below 0")
     arm(options.ours)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     settings = Settings(
         options.out,
         options.device,

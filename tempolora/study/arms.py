@@ -63,13 +63,19 @@ LOSSES = {
     "absolute_latent": _spectral(
         0.2, ABSOLUTE, "rhythm.signal=latent", "rhythm.spec_cutoff_hz=1.5"
     ),
+    "absolute_005": _spectral(0.05, ABSOLUTE),
     "absolute": _spectral(0.2, ABSOLUTE),
+    "absolute_1": _spectral(1.0, ABSOLUTE),
     "residual_005": _spectral(0.05),
     "residual_02": _spectral(0.2),
     "residual_1": _spectral(1.0),
     "rollout": Loss(("rhythm.rollout_every=4", "rhythm.rollout_weight=0.2")),
     "neighbour_frame": Loss(extra="neighbour_frame"),
     "frame_difference": Loss(extra="frame_difference"),
+    "anchor_1": Loss(extra="anchor_1"),
+    "anchor_5": Loss(extra="anchor_5"),
+    "absolute_1_anchor_5": Loss(_spectral(1.0, ABSOLUTE).rhythm, "anchor_5"),
+    "absolute_05": _spectral(0.5, ABSOLUTE),
     "rhythm": _spectral(0.05, "rhythm.tv_weight=0.01"),
 }
 """The last is the product's default."""

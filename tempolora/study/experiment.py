@@ -24,7 +24,8 @@ from tempolora.model import lora, wan
 from tempolora.model.memory import free_memory
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import BASE, FILTERED, OURS, PRIMARY, Arm, arm, arm_config, matched_ranks
-from tempolora.study.finetune import finetune, with_adapters
+from tempolora.study.finetune import finetune, training_batches, with_adapters
+from tempolora.train.step import Batch
 from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Seed:
         self.settings, self.seed = settings, seed
         self.cfg = arm_config(Arm(BASE), seed, 1, settings.overrides)
         self.device = settings.device
+        self._batches: dict[str, list[Batch]] = {}
 
     @cached_property
     def vae(self) -> nn.Module:
@@ -93,6 +95,13 @@ class Seed:
         return clips.training_clips(
             self.cfg, self.vae, self.text_parts, count, self.seed, self.device
         )
+
+    def batches(self, expert: str) -> list[Batch]:
+        """Of this expert's training; kept for the next arm."""
+        if expert not in self._batches:
+            args = self.cfg, expert, self.training, self.device
+            self._batches[expert] = training_batches(*args)
+        return self._batches[expert]
 
     @cached_property
     def asked(self) -> measure.Asked:
@@ -275,7 +284,9 @@ def _tuned(
     experts, adapters = {}, {}
     facts |= {"rank": cfg.lora.rank, "parameters": {}, "flow": {}}
     for name in cfg.experts:
-        experts[name], facts["flow"][name] = finetune(cfg, of, name, shared.training, shared.device)
+        experts[name], facts["flow"][name] = finetune(
+            cfg, of, name, shared.training, shared.batches(name), shared.device
+        )
         weights = lora.lora_parameters(experts[name])
         facts["parameters"][name] = sum(weight.numel() for weight in weights.values())
         adapters |= {f"{name}.{key}": w.detach().cpu() for key, w in weights.items()}

@@ -21,7 +21,7 @@ from tempolora.train.flow import velocity
 from tempolora.train.objective import Objective
 from tempolora.train.rollout import Rollout
 from tempolora.train.schedule import lr_at
-from tempolora.train.step import Collate
+from tempolora.train.step import Batch, Collate
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,27 @@ def with_adapters(cfg: Config, arm: Arm, expert: str, device: torch.device) -> n
     return transformer
 
 
+def training_batches(
+    cfg: Config, expert: str, clips: TrainingClips, device: torch.device
+) -> list[Batch]:
+    """What each step trains on, drawn as the trainer does: the same in all arms of a seed."""
+    collate = Collate(cfg, expert, clips.empty_text_LD)
+    size, batches = cfg.train.batch_size, []
+    for step in range(cfg.train.max_steps):
+        draws = range(step * size, (step + 1) * size)
+        chosen = [sample_of_draw(n, len(clips.samples), cfg.train.seed) for n in draws]
+        batch = collate([(n, clips.samples[k]) for n, k in zip(draws, chosen, strict=True)])
+        batches.append(batch.to(device))
+    return batches
+
+
 def finetune(
-    cfg: Config, arm: Arm, expert: str, clips: TrainingClips, device: torch.device
+    cfg: Config,
+    arm: Arm,
+    expert: str,
+    clips: TrainingClips,
+    batches: list[Batch],
+    device: torch.device,
 ) -> tuple[nn.Module, float]:
     """The expert with trained adapters, and its flow loss, mean over the last tenth of the steps.
 
@@ -56,14 +75,8 @@ def finetune(
     weights += list(extra.parameters()) if extra else []
     optimizer = build_optimizer(cfg.train, weights)
     predict = partial(wan.predict_velocity, transformer)
-    collate = Collate(cfg, expert, clips.empty_text_LD)
-    steps, size = cfg.train.max_steps, cfg.train.batch_size
     flows: list[Tensor] = []
-    for step in tqdm(range(1, steps + 1), f"{arm.name} {expert}", disable=None):
-        draws = range((step - 1) * size, step * size)
-        chosen = [sample_of_draw(n, len(clips.samples), cfg.train.seed) for n in draws]
-        batch = collate([(n, clips.samples[k]) for n, k in zip(draws, chosen, strict=True)])
-        batch = batch.to(device)
+    for step, batch in enumerate(tqdm(batches, f"{arm.name} {expert}", disable=None), start=1):
         if objective.uncalibrated:
             objective.calibrate(predict, [batch], world)
         v_hat = objective.denoise(predict, batch, objective.noised(batch), batch.sigma_B)
@@ -85,7 +98,7 @@ def finetune(
         flows.append(outcome.flow_B.mean())
     if extra:
         extra.close()
-    flow = torch.stack(flows[-max(1, steps // 10) :]).mean().item()
+    flow = torch.stack(flows[-max(1, len(flows) // 10) :]).mean().item()
     if not math.isfinite(flow):
         raise FloatingPointError(f"{arm.name}, {expert}: the loss is not finite")
     log.info("%s %s: flow %.4f", arm.name, expert, flow)

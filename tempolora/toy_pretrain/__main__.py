@@ -2,8 +2,9 @@
 
 `vae --variant t2v_a14b --out FILE` trains a small causal VAE on drawn clips, and on crops of real
 ones with --clips; `measure` prints how well such a file, or the shipped one, passes a picture and
-its rhythm; `experts --expert high --out FILE` trains a text-to-video expert on latents of the VAE;
-`folder --high FILE --low FILE --out FOLDER` makes a model folder of the two.
+its rhythm; `text --out FILE` draws the text encoder; `experts --expert high --out FILE` trains a
+text-to-video expert on latents of the VAE; `folder --high FILE --low FILE --out FOLDER` makes a
+model folder of the two.
 """
 
 import argparse
@@ -20,9 +21,10 @@ import torch
 from tempolora.config import ConfigError
 from tempolora.model import tinywan
 from tempolora.toy_pretrain.clips import draw_pool, drawn_clips, real_pool, real_windows
-from tempolora.toy_pretrain.experts import encode_pool, train_expert, write_expert
+from tempolora.toy_pretrain.experts import encode_pool, train_expert
 from tempolora.toy_pretrain.measure import measure_vae
-from tempolora.toy_pretrain.vae import scale_latents, train_vae, write_vae
+from tempolora.toy_pretrain.parts import write_part
+from tempolora.toy_pretrain.vae import scale_latents, train_vae
 from tempolora.variants import VARIANTS
 
 log = logging.getLogger(__name__)
@@ -54,12 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     vae.add_argument("--workers", type=int, default=2, help="processes that draw")
 
     experts = _subcommand(commands, "experts", _experts)
-    experts.add_argument("--expert", choices=VARIANTS["t2v_a14b"].experts, required=True)
+    experts.add_argument("--expert", choices=VARIANTS[tinywan.TRAINED].experts, required=True)
     experts.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     experts.add_argument("--vae", type=Path, help="by default what is shipped")
     experts.add_argument("--steps", type=int, default=15_000)
     experts.add_argument("--drawn", type=int, default=32_768, help="clips to draw and encode")
     experts.add_argument("--seed", type=int, default=0)
+
+    text = _subcommand(commands, "text", _text)
+    text.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
 
     folder = _subcommand(commands, "folder", _folder)
     for name in ("high", "low"):
@@ -111,19 +116,26 @@ def _vae(options: argparse.Namespace) -> None:
     scale_latents(vae, torch.from_numpy(drawn_clips(min(48, options.drawn), seed=0)))
     training = {key: getattr(options, key) for key in ("steps", "seed", "drawn")}
     training["real_windows"] = len(seen)
-    write_vae(vae, options.out, training)
+    write_part(vae, tinywan.plain_config(vae), options.out, training, torch.float16)
     log.info("wrote %s (%s)", options.out, training)
 
 
 def _experts(options: argparse.Namespace) -> None:
     _check(options, "steps", "drawn")
-    vae = tinywan.read_vae(options.vae or tinywan.vae_file("t2v_a14b")).to(options.device)
+    vae = tinywan.read_vae(options.vae or tinywan.vae_file(tinywan.TRAINED)).to(options.device)
     architecture = tinywan.expert_architecture()
     pool = encode_pool(vae, options.drawn, options.seed)
     expert = train_expert(options.expert, pool, options.steps, options.seed, architecture)
     training = {key: getattr(options, key) for key in ("expert", "steps", "seed", "drawn")}
-    write_expert(expert, architecture, options.out, training)
+    write_part(expert, architecture, options.out, training, torch.bfloat16)
     log.info("wrote %s (%s)", options.out, training)
+
+
+def _text(options: argparse.Namespace) -> None:
+    _check(options)
+    encoder, architecture = tinywan.drawn_text_encoder()
+    write_part(encoder, architecture, options.out, {"seed": tinywan.SEED}, torch.float32)
+    log.info("wrote %s", options.out)
 
 
 def _folder(options: argparse.Namespace) -> None:

@@ -7,22 +7,19 @@ Shapes: N clip, B sample of a batch, C channel, T, h, w latent frame, height and
 D text channel, K caption.
 """
 
-import json
 import logging
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tempolora.data.toy import captions, draw_scenes, render
-from tempolora.files import replacing
 from tempolora.model import tinywan, wan
 from tempolora.toy_pretrain.vae import repeated
 from tempolora.train.flow import interpolate, sample_sigma, velocity
@@ -30,7 +27,6 @@ from tempolora.variants import NEGATIVE_PROMPT, TEXT_TOKENS, VARIANTS
 
 log = logging.getLogger(__name__)
 
-VARIANT = "t2v_a14b"
 FPS, FRAMES, SIZE = 16.0, 49, 64
 BATCH = 128
 LENGTHS = {13: 0.7, 9: 0.15, 5: 0.15}  # latent frames of a batch and how often
@@ -43,7 +39,8 @@ TOGETHER = 128  # clips that are drawn and encoded at a time
 class Pool:
     """Encoded clips and the embeddings of their captions, on one device.
 
-    Captions are cut to the length of the longest; the last two are those that stand for none.
+    The last two captions are those that stand for none. All are padded to the length of the longest
+    and one more token, which stands for all the padding that Wan has after it (count_padding).
     """
 
     latents_NCThw: Tensor
@@ -67,13 +64,19 @@ def encode_pool(vae: nn.Module, count: int, seed: int) -> Pool:
     said = [pair[n % 2] for n, pair in enumerate(zip(captions(scenes), paced))]
     kept = sorted(set(said))
     tokenizer, encoder = tinywan.text_parts()
-    texts = wan.encode_prompts(tokenizer, encoder, [*kept, "", NEGATIVE_PROMPT])
+    encoder.to(vae.device)
+    prompts = [*kept, "", NEGATIVE_PROMPT]
+    texts = [
+        text
+        for start in range(0, len(prompts), TOGETHER)
+        for text in wan.encode_prompts(tokenizer, encoder, prompts[start : start + TOGETHER])
+    ]
     longest = max(len(text) for text in texts)
     place = {caption: n for n, caption in enumerate(kept)}
     return Pool(
         torch.cat(latents),
         torch.tensor([place[caption] for caption in said], device=vae.device),
-        wan.pad_text(texts)[:, :longest].half().to(vae.device),
+        wan.pad_text(texts)[:, : longest + 1].half(),
     )
 
 
@@ -82,7 +85,7 @@ def train_expert(expert: str, pool: Pool, steps: int, seed: int, architecture: d
 
     AdamW in float32, the model under bfloat16 autocast on a GPU.
     """
-    device, variant = pool.latents_NCThw.device, VARIANTS[VARIANT]
+    device, variant = pool.latents_NCThw.device, VARIANTS[tinywan.TRAINED]
     torch.manual_seed(seed)
     transformer = wan.new_transformer(architecture).to(device).train()
     mean = deepcopy(transformer).requires_grad_(False).eval()
@@ -92,7 +95,12 @@ def train_expert(expert: str, pool: Pool, steps: int, seed: int, architecture: d
     optimizer = torch.optim.AdamW(
         weights, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=cuda
     )
-    clips, (captions_there, length, width) = len(pool.latents_NCThw), pool.text_KLD.shape
+    clips, (captions_there, length, _) = len(pool.latents_NCThw), pool.text_KLD.shape
+    count_padding(transformer, length)
+    if cuda:
+        torch._dynamo.config.recompile_limit = 4 * len(LENGTHS)
+        for block in transformer.blocks:
+            block.compile(dynamic=False)
 
     def step(frames: int) -> tuple[Tensor, ...]:
         chosen_B = torch.randint(clips, (BATCH,), device=device)
@@ -100,8 +108,7 @@ def train_expert(expert: str, pool: Pool, steps: int, seed: int, architecture: d
         dropped_B = torch.rand(BATCH, device=device)
         none_B = captions_there - 2 + (dropped_B < DROPPED / 2).long()
         caption_B = torch.where(dropped_B < DROPPED, none_B, pool.caption_N[chosen_B])
-        text_BLD = torch.zeros(BATCH, TEXT_TOKENS, width, device=device)
-        text_BLD[:, :length] = pool.text_KLD[caption_B].float()
+        text_BLD = pool.text_KLD[caption_B].float()
         sigma_B = sample_sigma(torch.rand(BATCH, device=device), variant, expert, "uniform")
         noise = torch.randn_like(x0)
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -135,16 +142,22 @@ def train_expert(expert: str, pool: Pool, steps: int, seed: int, architecture: d
     return mean
 
 
+def count_padding(transformer: nn.Module, tokens: int) -> None:
+    """Let the last of so few text tokens stand for all of Wan's padding up to 512.
+
+    Padding is the same vector everywhere and attended to like words: one such token counts for n
+    where its logits are log(n) higher. The outcome is the same.
+    """
+    for block in transformer.blocks:
+        block.attn2.processor = partial(_attend, block.attn2.processor, TEXT_TOKENS - tokens + 1)
+
+
+def _attend(processor: Callable, count: int, attn: nn.Module, x: Tensor, text_BLD: Tensor, *_):
+    bias_L = torch.zeros(text_BLD.shape[1], device=x.device, dtype=x.dtype)
+    bias_L[-1] = math.log(count)
+    return processor(attn, x, text_BLD, bias_L.expand(len(x), 1, x.shape[1], -1))
+
+
 def share(step: int, steps: int) -> float:
     """Of the learning rate: a short rise, then a cosine down to 0."""
     return min((step + 1) / WARMUP_STEPS, 1) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def write_expert(transformer: nn.Module, architecture: dict, path: Path, training: dict) -> None:
-    """Write the expert in bfloat16; architecture and `training` go into the header as JSON."""
-    state = {
-        name: value.bfloat16().contiguous() for name, value in transformer.state_dict().items()
-    }
-    header = {"architecture": json.dumps(architecture), "training": json.dumps(training)}
-    with replacing(path) as partial_path:
-        save_file(state, partial_path, header)

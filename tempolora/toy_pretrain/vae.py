@@ -4,21 +4,17 @@ Shapes: B clip of a batch, N clip of the pool, F video frame, H, W in pixels, T,
 height and width, C latent channel.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tempolora.files import replacing
 from tempolora.model import tinywan, wan
 from tempolora.rhythm.tempo import LUMA
 from tempolora.toy_pretrain.clips import POOL_SIZE, draw_batch
@@ -202,14 +198,3 @@ def scale_latents(vae: nn.Module, clips_BFHW3: Tensor) -> None:
         latents_mean=[round(value, 4) for value in mean_C.tolist()],
         latents_std=[round(value, 4) for value in std_C.tolist()],
     )
-
-
-def write_vae(vae: nn.Module, path: Path, training: dict) -> None:
-    """Write the VAE as float16 safetensors, architecture and `training` in the header as JSON."""
-    metadata = {
-        "architecture": json.dumps(tinywan.plain_config(vae)),
-        "training": json.dumps(training),
-    }
-    state = {name: tensor.half().cpu().contiguous() for name, tensor in vae.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata)
