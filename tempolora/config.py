@@ -171,6 +171,9 @@ class TrainConfig(_Section):
     """Density of u before the shift: uniform, or logit-normal (0, 1)."""
     caption_dropout: Share = 0.1
     """Share of samples trained with the empty prompt."""
+    anchor_weight: Weight = 0.0
+    """Weight of the anchor: how far the adapters change what is predicted for a single frame, in
+    the flow loss's unit; keeps looks as they are. Text to video only; 0: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Keep and export an exponential moving average of the LoRA."""
     checkpointing: Literal["none", "full"] = "full"
@@ -335,6 +338,11 @@ def _check_lora(cfg: Config) -> None:
             raise ConfigError(
                 f'lora.time_rows: given {rows}; allowed: "auto" or an even number from 2 to 44'
             )
+    if cfg.train.anchor_weight and cfg.task != "t2v":
+        raise ConfigError(
+            f"train.anchor_weight: has no meaning with task {cfg.task}, where the first frame is "
+            "given; leave it out"
+        )
     if cfg.lora.blocks and cfg.lora.blocks[0] >= cfg.lora.blocks[1]:
         raise ConfigError(f"lora.blocks: {list(cfg.lora.blocks)} holds no block (first, end)")
 

@@ -40,7 +40,7 @@ LAUNCHERS = {
 def settings(shards: Path, out: Path, *more: str) -> list[str]:
     paths = (f"data.shards={shards}", f"output.dir={out}", "model.expert=high")
     # gradients here have norms near 5e-4: this clips every one of them
-    measured = ("data.held_out=1", "train.validate_every=4")
+    measured = ("data.held_out=1", "train.validate_every=4", "train.anchor_weight=1")
     return overrides(*SMALL, *paths, *measured, "train.max_grad_norm=1e-4", *more)
 
 

@@ -35,14 +35,16 @@ TERMS = {
     "tv": "Smoothness term",
     "sound": "Sound term",
     "rollout": "Rollout term",
+    "anchor": "Anchor",
 }
 SETTINGS = {
     "spectral": "rhythm.spec_weight",
     "tv": "rhythm.tv_weight",
     "sound": "rhythm.sound_weight",
     "rollout": "rhythm.rollout_every",
+    "anchor": "train.anchor_weight",
 }
-SELDOM = {"sound", "rollout"}  # off by default: not missed where they are off
+SELDOM = {"sound", "rollout", "anchor"}  # off by default: not missed where they are off
 GROUPS = GRAD_SHARE, FLOW_BY_SIGMA, HELD_OUT_BY_SIGMA = (
     "grad_share/",
     "flow_by_sigma/",
@@ -64,6 +66,9 @@ MEANINGS = {
     "that freezes lowers it too.",
     "rollout": "How far the band power of sampled clips lies outside that of real clips which move "
     "as much. Look for a fall toward 0, which is inside.",
+    "anchor": "How far the adapters change what is predicted for a single frame, in the flow "
+    "term's unit: 0 at first, since they start as nothing. Look for a value far below the flow "
+    "term.",
     "grad_share": "Gradient of each weighted term over that of the flow term, at the prediction. "
     "Look for shares well below 1: at 1 a term pulls as hard as the flow term.",
     "motion": "Motion energy of the clean estimate over the base model's at the same sigma. Look "

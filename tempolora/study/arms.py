@@ -30,7 +30,7 @@ class Target:
 class Loss:
     """What is added to the flow loss: settings of the product's own terms, or another's loss."""
 
-    rhythm: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     extra: str | None = None
 
 
@@ -55,7 +55,7 @@ def _spectral(weight: float, *more: str) -> Loss:
     return Loss((f"rhythm.spec_weight={weight}", *more))
 
 
-ABSOLUTE = "rhythm.spec_form=absolute"
+ABSOLUTE, ANCHOR = "rhythm.spec_form=absolute", "train.anchor_weight=5"
 LOSSES = {
     "flow": Loss(),
     "tv": Loss(("rhythm.tv_weight=0.1",)),
@@ -64,18 +64,18 @@ LOSSES = {
         0.2, ABSOLUTE, "rhythm.signal=latent", "rhythm.spec_cutoff_hz=1.5"
     ),
     "absolute_005": _spectral(0.05, ABSOLUTE),
-    "absolute": _spectral(0.2, ABSOLUTE),
+    "absolute_02": _spectral(0.2, ABSOLUTE),
+    "absolute_05": _spectral(0.5, ABSOLUTE),
     "absolute_1": _spectral(1.0, ABSOLUTE),
     "residual_005": _spectral(0.05),
     "residual_02": _spectral(0.2),
     "residual_1": _spectral(1.0),
     "rollout": Loss(("rhythm.rollout_every=4", "rhythm.rollout_weight=0.2")),
+    "anchor": Loss((ANCHOR,)),
+    "absolute_05_anchor": _spectral(0.5, ABSOLUTE, ANCHOR),
+    "absolute_1_anchor": _spectral(1.0, ABSOLUTE, ANCHOR),
     "neighbour_frame": Loss(extra="neighbour_frame"),
     "frame_difference": Loss(extra="frame_difference"),
-    "anchor_1": Loss(extra="anchor_1"),
-    "anchor_5": Loss(extra="anchor_5"),
-    "absolute_1_anchor_5": Loss(_spectral(1.0, ABSOLUTE).rhythm, "anchor_5"),
-    "absolute_05": _spectral(0.5, ABSOLUTE),
     "rhythm": _spectral(0.05, "rhythm.tv_weight=0.01"),
 }
 """The last is the product's default."""
@@ -98,17 +98,20 @@ SETTINGS = (
 """Laid over the product's defaults, in all arms."""
 
 DATA = ("clean", "flickering", "decoded", "decoded_flickering")
-BASE, PLAIN, OURS = "base", "all_linear/flow", "time_16/rhythm"
+BASE, PLAIN, OURS = "base", "all_linear/flow", "all_linear/absolute_05_anchor"
 FILTERED = {"lowpass_base": BASE, "lowpass_plain": PLAIN}
 PRIMARY = (
     *DATA,
     BASE,
     PLAIN,
     "all_linear/residual_02",
-    "all_linear/absolute",
-    "time_16/flow",
-    "time_16/residual_02",
+    "all_linear/absolute_05",
+    "all_linear/anchor",
     OURS,
+    "time_16/flow",
+    "time_16/anchor",
+    "time_16/rhythm",
+    "time_44/absolute_05_anchor",
     "random_16/flow",
     *FILTERED,
 )
@@ -164,7 +167,7 @@ def arm_config(of: Arm, seed: int, rank: int, settings: tuple[str, ...]) -> Conf
     """The whole configuration of an arm; `settings` are laid over those of the study."""
     chosen = [*SETTINGS, *settings, *NO_TERMS, f"train.seed={seed}"]
     if of.is_tuned:
-        chosen += [*of.target.lora, f"lora.rank={rank}", *of.loss.rhythm]
+        chosen += [*of.target.lora, f"lora.rank={rank}", *of.loss.settings]
     cfg = load_config(None, chosen)
     if cfg.task != "t2v" or cfg.variant.experts == ("single",):
         raise ConfigError("--set: the study is of text to video with two experts")

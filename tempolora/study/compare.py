@@ -116,14 +116,15 @@ def findings(runs: Runs, plain: str, ours: str) -> list[Finding]:
     """The claims of docs/evidence.md, condition by condition."""
     return [
         *_flicker(runs, plain, ours),
-        *_looks(runs),
+        *_looks(runs, "temporal rows", "time_16/flow"),
+        *_looks(runs, "temporal rows, amended", "time_16/anchor"),
         *_smoothness(runs, plain, ours),
         *_knob(runs, ours),
     ]
 
 
 def _flicker(runs: Runs, plain: str, ours: str) -> list[Finding]:
-    found = _nearer(runs, "flicker", ours, plain, HALF, "half of plain's")
+    found = _nearer(runs, "flicker", "jitter_log2", ours, plain, HALF)
     for name, metric, alike in (
         ("power in 0.5 to 6 Hz within 10 % of plain's", "band_log2", ALIKE_POWER),
         ("motion amplitude within 5 % of plain's", "amplitude_log2", ALIKE_MOTION),
@@ -131,28 +132,44 @@ def _flicker(runs: Runs, plain: str, ours: str) -> list[Finding]:
         gap = combine(runs, {ours: 1, plain: -1}, metric)
         found.append(_finding("flicker", name, gap, gap and gap.within(math.log2(alike))))
     for name in FILTERED:
-        found += _nearer(runs, "flicker, against a filter", ours, name, 1.0, f"that of {name}")
+        found += _nearer(runs, "flicker, against a filter", "jitter_log2", ours, name)
+    for metric in ("band_log2", "amplitude_log2"):
+        found += _nearer(runs, "flicker, amended", metric, ours, plain)
     return found
 
 
 def _nearer(
-    runs: Runs, claim: str, ours: str, other: str, share: float, says: str
+    runs: Runs,
+    claim: str,
+    metric: str,
+    ours: str,
+    other: str,
+    share: float = 1.0,
+    kinds: Collection[str] = (),
 ) -> list[Finding]:
-    """|excess of ours| < share * |excess of another arm|, as two conditions without the bars."""
-    excess = combine(runs, {other: 1, REFERENCE: -1}, "jitter_log2")
-    signed = math.copysign(share, excess.mean) if excess else share
+    """|ours - clean| < share * |other - clean|, as two conditions without the bars."""
+    away = combine(runs, {other: 1, REFERENCE: -1}, metric, kinds)
+    signed = math.copysign(share, away.mean) if away else share
     found = []
     for name, side in (("above", 1), ("below", -1)):
         weights = {ours: side, other: -signed, REFERENCE: signed - side}
-        gap = combine(runs, weights, "jitter_log2")
-        condition = f"excess of ours, where {name} clean data, less {says}"
+        gap = combine(runs, weights, metric, kinds)
+        half = "half " if share == HALF else ""
+        condition = f"{SAID[metric]}: how far {name} clean data's, less {half}that of `{other}`"
         found.append(_finding(claim, condition, gap, gap and gap.below))
     return found
 
 
-def _looks(runs: Runs) -> list[Finding]:
-    few, many, random = "time_16/flow", "all_linear/flow", "random_16/flow"
-    claim, found = "temporal rows", []
+SAID = {
+    "jitter_log2": "power above 6 Hz",
+    "band_log2": "power in 0.5 to 6 Hz",
+    "amplitude_log2": "amplitude",
+    "speed_log2": "speed",
+}
+
+
+def _looks(runs: Runs, claim: str, few: str) -> list[Finding]:
+    many, random, found = "all_linear/flow", "random_16/flow", []
     for name, metric in LOOKS.items():
         gap = combine(runs, {few: 1, many: -HALF}, metric)
         found.append(_finding(claim, f"{name}, less half of all-linear's", gap, gap and gap.below))
@@ -178,6 +195,7 @@ def _smoothness(runs: Runs, plain: str, ours: str) -> list[Finding]:
     return [
         _finding("walk and pan", "jerk of ours less plain's", gap, gap and gap.below),
         _finding("walk and pan", "speed within 5 % of plain's", speed, alike),
+        *_nearer(runs, "walk and pan, amended", "speed_log2", ours, plain, kinds=STRIDE_KINDS),
     ]
 
 

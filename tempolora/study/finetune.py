@@ -16,6 +16,7 @@ from tempolora.study.arms import Arm
 from tempolora.study.clips import TrainingClips
 from tempolora.study.peers import build_extra
 from tempolora.study.rows import move_rows
+from tempolora.train.anchor import Anchor
 from tempolora.train.engine import build_optimizer
 from tempolora.train.flow import velocity
 from tempolora.train.objective import Objective
@@ -67,9 +68,9 @@ def finetune(
     world = World(0, 1, device)
     readout = clips.readout if cfg.rhythm.signal == "readout" else None
     objective = Objective(cfg, expert, readout, device)
-    rollout = None
+    terms = [Anchor(cfg, transformer)] if cfg.train.anchor_weight else []
     if cfg.rhythm.rollout_every and expert == "low":  # as in the trainer
-        rollout = Rollout(cfg, expert, clips.readout, clips.bank, device)
+        terms.append(Rollout(cfg, expert, clips.readout, clips.bank, device))
     extra = build_extra(arm.loss.extra, transformer, cfg.train.seed)
     weights = list(lora.lora_parameters(transformer).values())
     weights += list(extra.parameters()) if extra else []
@@ -86,8 +87,9 @@ def finetune(
         if extra:
             v = velocity(batch.latents_BCTHW, batch.noise_BCTHW)
             outcome = replace(outcome, loss=extra(outcome.loss, v_hat, v))
-        if rollout and rollout.due(step):
-            outcome = rollout.join(outcome, objective, predict, batch)
+        for term in terms:
+            if term.due(step):
+                outcome = term.join(outcome, objective, predict, batch)
         outcome.loss.backward()
         objective.settle(world)
         nn.utils.clip_grad_norm_(weights, cfg.train.max_grad_norm)

@@ -19,6 +19,7 @@ from tempolora.model import lora, wan
 from tempolora.model.memory import free_memory
 from tempolora.rhythm.bank import Bank
 from tempolora.rhythm.readout import Readout
+from tempolora.train.anchor import Anchor
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.metrics import MetricsLog
@@ -57,6 +58,8 @@ def train_expert(
     ema = _take_up(cfg, engine, world, resume)
     facts = run_facts(cfg, expert, transformer, engine, world)
     predict = partial(wan.predict_velocity, engine.transformer)
+    extra = [rollout] if rollout else []
+    extra += [Anchor(cfg, engine.transformer)] if train.anchor_weight else []
     collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
     positions, held_out = split_clips(reader.keys, cfg.data.held_out)
     validation = Validation(cfg, expert, reader, held_out, collate)
@@ -79,8 +82,9 @@ def train_expert(
                 outcome = objective(predict, batch)
                 if objective.calibrating(step):
                     objective.note(batch, outcome)
-                if rollout and rollout.due(step):
-                    outcome = rollout.join(outcome, objective, predict, batch)
+                for term in extra:
+                    if term.due(step):
+                        outcome = term.join(outcome, objective, predict, batch)
                 engine.backward(outcome.loss)
                 watch.add(batch, outcome)
             objective.settle(world)
@@ -103,7 +107,7 @@ def train_expert(
             if stopping:
                 raise Stopped(f"stopped after step {step}; the same command goes on from {last}")
     engine.close()
-    del engine, transformer, objective, rollout, predict
+    del engine, transformer, objective, rollout, extra, predict
     free_memory(world.device)
     return last
 
