@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Hz = Annotated[float, Field(gt=0)]
+Speed = Annotated[float, Field(ge=0.25, le=4)]
 
 
 class ConfigError(Exception):
@@ -77,6 +78,9 @@ class DataConfig(_Section):
     """Which windows of num_frames to cut from each clip."""
     max_windows: Positive | None = None
     """Windows per clip with windows: "spaced", by default 4."""
+    speeds: tuple[Speed, ...] = (1.0,)
+    """Speeds at which each clip is stored, for a tempo adapter: 2 is twice as fast. Slower only as
+    far as the clip's own frame rate allows, faster where it is long enough."""
     resample: Literal["auto", "nearest", "blend"] = "auto"
     """auto: motion-compensated in-betweens where no source frame falls on the output time."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -135,6 +139,9 @@ class RhythmConfig(_Section):
 
 
 class LoraConfig(_Section):
+    kind: Literal["rhythm", "tempo"] = "rhythm"
+    """rhythm: trained on clips at their own speed; tempo: a slider of speed, trained on faster and
+    slower ones, whose strength is log2 of the speed."""
     rank: Positive = 16
     """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -327,6 +334,17 @@ GOVERNED = {
 """DeepSpeed's own names for what other keys of this file decide."""
 
 
+def _check_speeds(cfg: Config) -> None:
+    speeds = cfg.data.speeds
+    if not speeds or len({round(1000 * speed) for speed in speeds}) < len(speeds):
+        raise ConfigError(f"data.speeds: {list(speeds)} is empty, or names a speed twice")
+    if cfg.lora.kind == "tempo" and not min(speeds) < 1 < max(speeds):
+        raise ConfigError(
+            f"data.speeds: {list(speeds)} holds no slower or no faster speed than 1, between which "
+            'a tempo adapter is trained; try [0.5, 0.71, 1, 1.41, 2], or set lora.kind to "rhythm"'
+        )
+
+
 def _check_lora(cfg: Config) -> None:
     rows = cfg.lora.time_rows
     if rows != "auto":
@@ -430,6 +448,7 @@ CHECKS = (
     _check_sizes,
     _check_data,
     _check_parallel,
+    _check_speeds,
     _check_lora,
     _check_rhythm,
 )

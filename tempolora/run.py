@@ -24,7 +24,9 @@ from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_as
 from tempolora.train.engine import check_engine, uses_deepspeed
 from tempolora.train.loop import check_objective, train_expert
 from tempolora.train.resume import checkpoint_root, find_resume
+from tempolora.train.speeds import speed_groups
 from tempolora.train.stop import Stopped
+from tempolora.train.validate import split_clips
 from tempolora.train.world import join_world, leave_world
 from tempolora.variants import NEGATIVE_PROMPT
 
@@ -46,6 +48,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
     # The VAE tells models apart; training has no other need of the text encoder's files.
     vae = {"vae": wan.fingerprint(cfg.model, "vae")}
     reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, vae))
+    speed_groups(cfg.lora.kind, reader, split_clips(reader.keys, cfg.data.held_out)[0])
     for expert in cfg.experts:
         log.info("%s: %s", expert, check_objective(cfg, expert))
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
@@ -86,7 +89,7 @@ def export_checkpoint(found: Checkpoint, folder: Path | None = None) -> Path:
     """
     state = found.state
     cfg = Config.model_validate_json(json.dumps(state["config"]))
-    path = (folder or Path(cfg.output.dir)) / lora_file_name(state["expert"])
+    path = (folder or Path(cfg.output.dir)) / lora_file_name(state["expert"], cfg.lora.kind)
     export_lora(
         found.ema() or found.lora(),
         path,
@@ -101,6 +104,8 @@ def export_checkpoint(found: Checkpoint, folder: Path | None = None) -> Path:
             "base_model": cfg.model.id,
             "variant": cfg.model.variant,
             "expert": state["expert"],
+            "kind": cfg.lora.kind,
+            "strength": STRENGTH[cfg.lora.kind],
             "fps": f"{cfg.timebase.fps:g}",
             "steps": str(state["step"]),
             "data": state["data"],
@@ -109,6 +114,12 @@ def export_checkpoint(found: Checkpoint, folder: Path | None = None) -> Path:
     return path
 
 
+STRENGTH = {
+    "rhythm": "1 as trained, 0 the base model",
+    "tempo": "log2 of the speed: 1 is twice as fast, -1 half as fast, 0 the base model",
+}
+"""What a file's header says of the strength at which a LoRA is used."""
+
 RESULTS = (
     "checkpoints",
     "config.json",
@@ -116,7 +127,7 @@ RESULTS = (
     "report.html",
     "sample_*_lora*.mp4",
     "tensorboard",
-    "wan22_temporal_lora*.safetensors",
+    "wan22_*_lora*.safetensors",
 )
 """What a run leaves in output.dir; anything else there is not ours to move."""
 
@@ -136,7 +147,7 @@ def _set_aside(out: Path) -> None:
 
 def _video_inputs(cfg: Config, reader: ShardReader) -> Iterator[dict[str, Tensor]]:
     """What `sample_video` needs for each prompt beside the models, embedded at precompute."""
-    first = reader.read(0)
+    first = reader.read(next((n for n in range(len(reader)) if reader.speed(n) == 1), 0))
     shards = Path(cfg.data.shards)
     given = {"negative_LD": load_prompt(shards, NEGATIVE_PROMPT)}
     if cfg.task == "i2v" and cfg.variant.per_token_time:
@@ -150,7 +161,10 @@ def _video_inputs(cfg: Config, reader: ShardReader) -> Iterator[dict[str, Tensor
 def _write_videos(cfg: Config, videos: list[dict[str, Tensor]], device: torch.device) -> None:
     """Each prompt with the same seed without and with the LoRA files."""
     out = Path(cfg.output.dir)
-    for name, loras in {"before": {}, "after": loras_in(out, cfg.variant.experts)}.items():
+    for name, loras in {
+        "before": {},
+        "after": loras_in(out, cfg.variant.experts, cfg.lora.kind),
+    }.items():
         for number, given in enumerate(videos, start=1):
             sample_video(
                 cfg,

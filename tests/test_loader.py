@@ -33,13 +33,13 @@ def run(
     workers=0,
     seed=0,
     reader=None,
-    positions=range(10),
+    groups=(range(10),),
 ):
     return list(
         batches(
             reader or Reader(),
             lambda drawn: drawn,
-            positions=positions,
+            groups=groups,
             seed=seed,
             batch_size=batch_size,
             first_draw=first_draw,
@@ -65,7 +65,7 @@ def test_every_epoch_visits_every_sample_once_and_in_another_order():
 
 def test_a_sample_that_is_left_out_is_never_drawn():
     kept = [0, 2, 5, 9]
-    drawn = flat(1, positions=kept, microsteps=8)
+    drawn = flat(1, groups=(kept,), microsteps=8)
     assert Counter(position for _, position in drawn) == Counter(kept * 2)
 
 
@@ -95,3 +95,13 @@ def test_a_damaged_sample_is_one_sentence_also_from_a_loader_process(workers):
     with pytest.raises(ConfigError) as caught:
         run(1, 0, workers=workers, reader=Reader(damaged=True))
     assert str(caught.value) == "shard x: bytes 1 to 2 are not what was written"
+
+
+def test_groups_take_turns_and_each_is_gone_through_whole():
+    """A group of two counts as much as one of six."""
+    drawn = [sample for _, sample in flat(1, groups=(range(6), range(6, 8)), microsteps=12)]
+    assert sorted(drawn[0::2]) == list(range(6))
+    assert sorted(drawn[1::2]) == [6, 6, 6, 7, 7, 7]
+    assert flat(2, groups=(range(6), range(6, 8)), microsteps=6) == flat(
+        1, groups=(range(6), range(6, 8)), microsteps=12
+    )

@@ -28,7 +28,9 @@ def batch(cfg, seed=0, condition=False, sigma=(0.9, 0.95)):
     onset = torch.rand(len(sigma), cfg.data.num_frames, generator=generator)
     keys = [f"clip{k}" for k in range(len(sigma))]
     given = randn() if condition else None
-    return Batch(keys, randn(), randn(), torch.tensor(sigma), text, given, onset)
+    return Batch(
+        keys, randn(), randn(), torch.tensor(sigma), text, given, onset, torch.ones(len(sigma))
+    )
 
 
 def objective(cfg, expert="high", calibrated_on=None):

@@ -93,3 +93,35 @@ def test_resampled_motion_has_the_power_and_the_edges_of_motion_drawn_at_16_fps(
     assert cell.power <= 1.2
     assert cell.sharpness >= 0.9
     assert cell.fallbacks == 0
+
+
+@pytest.mark.parametrize("rate", [24.0, 30.0, 25.0])
+@pytest.mark.parametrize(("hz", "least", "most"), [(2, 0.97, 1.03), (5, 0.85, 1.05), (11, 0, 0.1)])
+def test_a_sped_up_tone_passes_below_the_limit_and_is_gone_above(rate, hz, least, most):
+    """A pixel that swings at `hz` after the speed-up, twice as fast as it was filmed.
+
+    11 Hz would come back as 5 Hz at 16 fps.
+    """
+    speed, fps, frames = 2.0, 16.0, 33
+    pts_s = np.arange(int(rate * speed * (frames + 1) / fps)) / rate
+    level = 128 + 100 * np.cos(2 * np.pi * (hz / speed * pts_s))
+
+    def get(index):
+        return np.full((2, 2, 3), np.rint(level[index]), np.uint8)
+
+    clock_s = resample.clock(pts_s / speed, fps)
+    picks = resample.plan_picks(clock_s, fps)[:frames]
+    make = resample.smooth_maker(get, clock_s, fps)
+    made = np.array([make(pick).frame[0, 0, 0] for pick in picks], float)
+    time_s = np.arange(frames) / fps
+    waves = [np.ones(frames), *(f(2 * np.pi * hz * time_s) for f in (np.cos, np.sin))]
+    _, a, b = np.linalg.lstsq(np.stack(waves, 1)[2:-2], made[2:-2], rcond=None)[0]
+    assert least <= np.hypot(a, b) / 100 <= most
+
+
+def test_a_still_picture_stays_as_it_is_when_sped_up():
+    clock_s = np.arange(40) / 48.0
+    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    make = resample.smooth_maker(lambda _: picture, clock_s, 16.0)
+    for pick in resample.plan_picks(clock_s, 16.0):
+        assert np.array_equal(make(pick).frame, picture)

@@ -15,7 +15,9 @@ def config(*overrides):
 
 
 def drawn_samples(cfg, draws, expert="high"):
-    sample = Sample("k", {"latents": torch.zeros(cfg.latent_shape)}, torch.ones(3, 32), {}, {})
+    sample = Sample(
+        "k", {"latents": torch.zeros(cfg.latent_shape)}, torch.ones(3, 32), {}, {"speed": 1.0}
+    )
     return Collate(cfg, expert, torch.zeros(1, 32))([(draw, sample) for draw in draws])
 
 
@@ -49,7 +51,7 @@ def test_onsets_come_along_and_a_clip_without_sound_has_none():
     cfg = config(*SHORT)
     beats = torch.rand(9)
     latents = {"latents": torch.zeros(cfg.latent_shape)}
-    samples = [Sample("a", latents, torch.ones(3, 32), {"onset": beats}, {})]
-    samples += [Sample("b", latents, torch.ones(3, 32), {}, {})]
+    samples = [Sample("a", latents, torch.ones(3, 32), {"onset": beats}, {"speed": 1.0})]
+    samples += [Sample("b", latents, torch.ones(3, 32), {}, {"speed": 1.0})]
     drawn = Collate(cfg, "high", torch.zeros(1, 32))([*enumerate(samples)])
     assert torch.equal(drawn.onset_BF, torch.stack([beats, torch.zeros(9)]))

@@ -28,13 +28,15 @@ def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _Draws(Dataset):
-    def __init__(self, reader: ShardReader, positions: Sequence[int], seed: int) -> None:
-        self._reader, self._positions, self._seed = reader, positions, seed
+    def __init__(self, reader: ShardReader, groups: Sequence[Sequence[int]], seed: int) -> None:
+        self._reader, self._groups, self._seed = reader, groups, seed
 
     def __getitem__(self, draw: int) -> tuple[int, Sample] | ConfigError:
         try:
-            chosen = sample_of_draw(draw, len(self._positions), self._seed)
-            return draw, self._reader.read(self._positions[chosen])
+            turn, group = divmod(draw, len(self._groups))
+            positions = self._groups[group]
+            chosen = sample_of_draw(turn, len(positions), self._seed)
+            return draw, self._reader.read(positions[chosen])
         except ConfigError as error:
             return error  # raised in a loader process, it would arrive wrapped in a traceback
 
@@ -43,7 +45,7 @@ def batches(
     reader: ShardReader,
     collate: Callable[[list[tuple[int, Sample]]], Any],
     *,
-    positions: Sequence[int],
+    groups: Sequence[Sequence[int]],
     seed: int,
     batch_size: int,
     first_draw: int,
@@ -54,12 +56,13 @@ def batches(
 ) -> Iterator[Any]:
     """What `collate` makes of each microstep's (draw, sample) pairs, read ahead by `workers`.
 
-    positions: of the samples to draw from, in key order. first_draw: draws that the run has used
-    up, on all processes together. Raises ConfigError for a damaged sample.
+    groups: positions of the samples to draw from, in key order; draws take turns between the
+    groups, so that small ones count as much as large ones. first_draw: draws that the run has
+    used up, on all processes together. Raises ConfigError for a damaged sample.
     """
     starts = (first_draw + (step * world + rank) * batch_size for step in range(microsteps))
     loader = DataLoader(
-        _Draws(reader, positions, seed),
+        _Draws(reader, groups, seed),
         batch_sampler=[range(start, start + batch_size) for start in starts],
         collate_fn=partial(_collate_whole, collate),
         num_workers=workers,

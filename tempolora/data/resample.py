@@ -24,6 +24,7 @@ HOLE = 2.0  # a gap between source frames longer than this many target intervals
 NATURAL_HZ = 3.5  # swings up to about this rate keep their full width between source frames
 FLOW_SIDE = 320  # px; flow is computed on pictures shrunk until the shorter side is within this
 PHOTO_LEVELS = 14.0  # neighbours that differ by more along a path (of 255) do not agree
+SINC_REACH = 2.0  # output intervals to each side that a sped-up clip is smoothed over
 ALIKE_LEVELS = 4.0  # ... and by less: their mean is as sharp as either
 AGREED_SHARE = 0.8  # of the picture must lie on agreed paths, else the nearest frame is taken
 
@@ -87,7 +88,7 @@ def hole_in(picks: list[Pick], clock_s: np.ndarray, fps: float) -> float | None:
 
 @dataclass(frozen=True)
 class Made:
-    """An output frame (H, W, 3) uint8 and where it came from: source | inbetween | nearest."""
+    """An output frame (H, W, 3) uint8 and its origin: source | inbetween | nearest | smoothed."""
 
     frame: np.ndarray
     origin: str
@@ -127,6 +128,35 @@ def frame_maker(
         if agreed_share < AGREED_SHARE:
             return Made(get(nearest), "nearest")
         return Made(_render(paths, left, right), "inbetween")
+
+    return make
+
+
+def smooth_maker(
+    get: Callable[[int], np.ndarray], clock_s: np.ndarray, fps: float
+) -> Callable[[Pick], Made]:
+    """As `frame_maker`, for a source that is sped up: what is faster than fps / 2 Hz is taken away.
+
+    Else it would come back as slow motion that never was. Each output frame is the mean of the
+    source frames around its time under a sinc of that cutoff, Hann-windowed to two output intervals
+    on each side. No motion is estimated: what moves far between output frames blurs, as it would
+    before a shutter that is open all the time.
+    """
+    spacing_s = np.gradient(clock_s)
+
+    @lru_cache(maxsize=2 + int(2 * SINC_REACH / fps / np.diff(clock_s).min()))
+    def levels(index: int) -> np.ndarray:
+        return get(index).astype(np.float32)
+
+    def make(pick: Pick) -> Made:
+        gap = clock_s[pick.right] - clock_s[pick.left]
+        turn = (clock_s - clock_s[pick.left] - pick.at * gap) * fps  # in output intervals
+        near = np.flatnonzero(np.abs(turn) < SINC_REACH)
+        weights = np.sinc(turn[near]) * (1 + np.cos(np.pi * turn[near] / SINC_REACH))
+        weights *= spacing_s[near]  # sparse frames stand for more time
+        total = sum(w * levels(int(k)) for k, w in zip(near, weights, strict=True))
+        frame = np.clip(np.rint(total / weights.sum()), 0, 255).astype(np.uint8)
+        return Made(frame, "smoothed")
 
     return make
 

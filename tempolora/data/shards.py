@@ -64,7 +64,8 @@ class ShardIndex:
     samples: key -> member -> [offset, bytes, SHA-256]. clips: file -> what `clip_identity` gave.
     rejected: file -> reason; such clips are in `clips` too, so that they are not tried again.
     failed: file -> reason, where the decoder did not finish; tried again by the next run.
-    left_out: file -> reasons, of windows that could not be used. frames: counts of frames that
+    left_out: file -> reasons, of windows that could not be used. speeds: key -> speed, of samples
+    that are not at the clip's own. frames: counts of frames that
     are not source frames: made in between, or taken from the nearest for want of a good one.
     """
 
@@ -75,6 +76,7 @@ class ShardIndex:
     rejected: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=lambda: {"inbetween": 0, "nearest_fallback": 0})
 
 
@@ -95,12 +97,14 @@ def fingerprint(cfg: Config, models: dict[str, str]) -> dict[str, Any]:
         "data.windows": data.windows,
         "data.max_windows": data.max_windows,
         "data.resample": data.resample,
+        "data.speeds": list(data.speeds),
         **models,
     }
 
 
 def refuse_other_fingerprint(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ConfigError naming the first setting in which two fingerprints differ."""
+    found = {"data.speeds": [1.0], **found}  # shards made before there were speeds
     for key, value in wanted.items():
         if found.get(key) != value:
             raise ConfigError(
@@ -210,10 +214,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def sample_key(file: str, window: int) -> str:
+def sample_key(file: str, window: int, speed: float = 1.0) -> str:
     """A WebDataset key: no dot, no slash, unique by the file's hash, readable by its stem."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file).stem)[:40]
-    return f"{stem}-{sha256(file.encode()).hexdigest()[:10]}-w{window:04d}"
+    at_speed = "" if speed == 1 else f"-x{round(1000 * speed):04d}"
+    return f"{stem}-{sha256(file.encode()).hexdigest()[:10]}-w{window:04d}{at_speed}"
 
 
 class ShardReader:
@@ -230,13 +235,16 @@ class ShardReader:
         self._folder = folder
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, dict[str, list[Any]]]] = {}
+        self._speeds: dict[str, float] = {}
         for shard in manifest["shards"]:
             if Path(shard["name"]).name != shard["name"]:
                 raise ConfigError(f"{folder / MANIFEST}: {shard['name']!r} is not in this folder")
             path = index_path(folder / shard["name"])
             if not path.is_file() or sha256_of(path) != shard["index_sha256"]:
                 raise _damaged(path, "does not fit the manifest")
-            for key, members in json.loads(path.read_bytes())["samples"].items():
+            index = json.loads(path.read_bytes())
+            self._speeds |= index.get("speeds", {})
+            for key, members in index["samples"].items():
                 if missing := set(MEMBERS) - set(members):
                     raise _damaged(path, f"sample {key} lacks {', '.join(sorted(missing))}")
                 self._places[key] = (shard["name"], members)
@@ -249,6 +257,10 @@ class ShardReader:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def speed(self, position: int) -> float:
+        """How fast the sample at a position in key order runs; 1 is the clip's own speed."""
+        return self._speeds.get(self.keys[position], 1.0)
 
     def read(self, position: int) -> Sample:
         """The sample at a position in key order."""

@@ -13,6 +13,8 @@ import functools
 import hashlib
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -140,7 +142,11 @@ class RowLora(peft_lora.Linear):
         for name in self.active_adapters:
             if name in self.lora_A:
                 # scaled where it is R wide, not D wide
-                delta = self.lora_B[name](self.lora_A[name](x) * self.scaling[name])
+                low = self.lora_A[name](x)
+                scale = self.scaling[name]
+                if isinstance(scale, Tensor):  # of each sample
+                    scale = scale.to(low.dtype)
+                delta = self.lora_B[name](low * scale)
                 result = self._add(result, delta.to(result.dtype))
         return result
 
@@ -222,10 +228,28 @@ def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def set_lora_scale(transformer: nn.Module, scale: float) -> None:
-    """Set the adapters' strength relative to alpha / rank: 1 as trained, 0 the base exactly."""
+def set_lora_scale(transformer: nn.Module, scale: float | Tensor) -> None:
+    """Set the adapters' strength relative to alpha / rank: 1 as trained, 0 the base exactly.
+
+    A tensor (B,) gives each sample of the batches that follow its own.
+    """
+    if isinstance(scale, Tensor):
+        scale = scale.view(-1, 1, 1)
     for layer in _layers(transformer).values():
         layer.set_scale(ADAPTER, scale)
+
+
+@contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """The base itself, within the block: strength 0, and then whatever it was."""
+    layers = list(_layers(transformer).values())
+    before = [layer.scaling[ADAPTER] for layer in layers]
+    set_lora_scale(transformer, 0.0)
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def standard_lora(

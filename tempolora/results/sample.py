@@ -268,10 +268,13 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     return np.array(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
 
 
-def loras_in(paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS) -> dict[str, Path]:
+def loras_in(
+    paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS, kind: str = "rhythm"
+) -> dict[str, Path]:
     """Expert -> LoRA file, for `--lora`: output folders, or files named one by one.
 
-    experts: those the model has. A folder gives the files that training leaves there. A file says
+    experts: those the model has. A folder gives the files that training leaves there, of this
+    lora.kind. A file says
     its expert in its header's metadata, or else by "high" or "low" in its name; where the model
     has one transformer, a header that says nothing will do. Raises ConfigError if a file is no
     safetensors file, its expert cannot be told or is none of the model's, if two are for the same
@@ -279,7 +282,7 @@ def loras_in(paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS) -> 
     """
     found: dict[str, Path] = {}
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
-        pairs = _of_folder(path, experts) if path.is_dir() else [(_said(path, experts), path)]
+        pairs = _of_folder(path, experts, kind) if path.is_dir() else [(_said(path, experts), path)]
         for expert, file in pairs:
             if expert in found:
                 raise ConfigError(f"--lora: {found[expert]} and {file} are both for {expert!r}")
@@ -288,8 +291,8 @@ def loras_in(paths: Path | Sequence[Path], experts: Sequence[str] = EXPERTS) -> 
     return found
 
 
-def _of_folder(folder: Path, experts: Sequence[str]) -> list[tuple[str, Path]]:
-    pairs = [(expert, folder / lora_file_name(expert)) for expert in experts]
+def _of_folder(folder: Path, experts: Sequence[str], kind: str) -> list[tuple[str, Path]]:
+    pairs = [(expert, folder / lora_file_name(expert, kind)) for expert in experts]
     present = [(expert, file) for expert, file in pairs if file.is_file()]
     if not present:
         names = " or ".join(file.name for _, file in pairs)

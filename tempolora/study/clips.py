@@ -123,7 +123,7 @@ def training_clips(
     readout, _ = fit(parts)
     luma_NSHW = readout.luminance(latents_NCTHW.cpu())
     samples = [
-        Sample(f"{n:04d}", {"latents": latents.cpu()}, text_LD, {}, {})
+        Sample(f"{n:04d}", {"latents": latents.cpu()}, text_LD, {}, {"speed": 1.0})
         for n, (latents, text_LD) in enumerate(zip(latents_NCTHW, embedded[:-1], strict=True))
     ]
     bank = Bank(power_spectrum(luma_NSHW), motion(luma_NSHW))

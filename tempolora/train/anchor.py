@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tempolora.config import Config
-from tempolora.model.lora import set_lora_scale
+from tempolora.model.lora import without_lora
 from tempolora.train.objective import Objective, Outcome, Predict
 from tempolora.train.step import Batch
 
@@ -39,10 +39,8 @@ class Anchor:
             noise_BCTHW=batch.noise_BCTHW[:, :, :1],
         )
         x_BC1HW = objective.noised(still)
-        set_lora_scale(self._transformer, 0.0)
-        with torch.no_grad():
+        with torch.no_grad(), without_lora(self._transformer):
             base = objective.denoise(predict, still, x_BC1HW, still.sigma_B)
-        set_lora_scale(self._transformer, 1.0)
         change = objective.denoise(predict, still, x_BC1HW, still.sigma_B) - base
         change_B = change.square().mean(dim=(1, 2, 3, 4))
         return replace(

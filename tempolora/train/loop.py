@@ -27,6 +27,7 @@ from tempolora.train.objective import Objective
 from tempolora.train.resume import run_facts, save
 from tempolora.train.rollout import Rollout
 from tempolora.train.schedule import ema_decay_at, lr_at
+from tempolora.train.speeds import follow_speed, of_each_group, speed_groups
 from tempolora.train.step import Batch, Collate
 from tempolora.train.stop import Stopped, StopSignal
 from tempolora.train.terms import describe_terms
@@ -62,8 +63,12 @@ def train_expert(
     extra += [Anchor(cfg, engine.transformer)] if train.anchor_weight else []
     collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
     positions, held_out = split_clips(reader.keys, cfg.data.held_out)
-    validation = Validation(cfg, expert, reader, held_out, collate)
-    source = _batches(cfg, reader, collate, positions, world, draws, train.max_steps - done)
+    validation = Validation(
+        cfg, expert, reader, of_each_group(cfg.lora.kind, reader, held_out), collate
+    )
+    groups = speed_groups(cfg.lora.kind, reader, positions)
+    source = _batches(cfg, reader, collate, groups, world, draws, train.max_steps - done)
+    prepare = partial(follow_speed, cfg.lora.kind, engine.transformer)
     watch = Watch(cfg, expert, world)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(world))
@@ -71,7 +76,7 @@ def train_expert(
         metrics = stack.enter_context(MetricsLog(out, expert, done, cfg.output.trackers))
         bar = stack.enter_context(progress(expert, done, train.max_steps, world))
         if not done and validation.due(0):
-            metrics.write(0, validation.measure(objective, predict, world))
+            metrics.write(0, validation.measure(objective, predict, world, prepare))
         for step in range(done + 1, train.max_steps + 1):
             watch.begin()
             microsteps = list(islice(source, train.gradient_accumulation))
@@ -79,6 +84,7 @@ def train_expert(
                 objective.calibrate(predict, microsteps, world)
             for batch in microsteps:
                 batch = batch.to(world.device)
+                prepare(batch)
                 outcome = objective(predict, batch)
                 if objective.calibrating(step):
                     objective.note(batch, outcome)
@@ -96,7 +102,7 @@ def train_expert(
             if step % train.log_every == 0 or step == train.max_steps or validation.due(step):
                 values = watch.values(objective, step, norm, rate)
                 if validation.due(step):
-                    values |= validation.measure(objective, predict, world)
+                    values |= validation.measure(objective, predict, world, prepare)
                 metrics.write(step, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             bar.update()
@@ -169,7 +175,7 @@ def _batches(
     cfg: Config,
     reader: ShardReader,
     collate: Collate,
-    positions: list[int],
+    groups: list[list[int]],
     world: World,
     first_draw: int,
     steps: int,
@@ -177,7 +183,7 @@ def _batches(
     return batches(
         reader,
         collate,
-        positions=positions,
+        groups=groups,
         seed=cfg.train.seed,
         batch_size=cfg.train.batch_size,
         first_draw=first_draw,

@@ -28,6 +28,7 @@ class Batch:
     text_BLD: Tensor
     condition_BCTHW: Tensor | None
     onset_BF: Tensor
+    speed_B: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -70,6 +71,7 @@ class Collate:
             text_BLD=pad_text(texts),
             condition_BCTHW=torch.stack(conditions).float() if conditions else None,
             onset_BF=torch.stack([_onset(sample, self.cfg.data.num_frames) for _, sample in drawn]),
+            speed_B=torch.tensor([sample.meta["speed"] for _, sample in drawn]),
         )
 
 

@@ -3,7 +3,7 @@
 Training's own loss jumps with every sigma drawn; these nine do not, so runs can be compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -21,8 +21,8 @@ LEAST_CLIPS = 10  # of fewer, none is spared
 ONE_IN, AT_MOST = 20, 4
 
 
-def split_clips(keys: Sequence[str], held_out: int | None) -> tuple[list[int], list[int]]:
-    """Positions of the samples to train on, and of one sample of each clip that is held out.
+def split_clips(keys: Sequence[str], held_out: int | None) -> tuple[list[int], list[list[int]]]:
+    """Positions of the samples to train on, and those of each clip that is held out.
 
     Whole clips are held out, so that no window of one is trained on; which ones follows from
     their names alone. held_out: how many clips; None: one in 20, at most 4, none of fewer than 10.
@@ -37,7 +37,7 @@ def split_clips(keys: Sequence[str], held_out: int | None) -> tuple[list[int], l
     chosen = sorted(clips, key=lambda clip: sha256(clip.encode()).hexdigest())[:count]
     away = {position for clip in chosen for position in clips[clip]}
     train = [position for position in range(len(keys)) if position not in away]
-    return train, sorted(clips[clip][0] for clip in chosen)
+    return train, sorted(clips[clip] for clip in chosen)
 
 
 class Validation:
@@ -57,8 +57,17 @@ class Validation:
         return bool(every and self._jobs) and (step % every == 0 or last)
 
     @torch.no_grad()
-    def measure(self, objective: Objective, predict: Predict, world: World) -> dict[str, Any]:
-        """{"held_out": mean flow loss, "held_out_by_sigma": {sigma: loss}}, on every process."""
+    def measure(
+        self,
+        objective: Objective,
+        predict: Predict,
+        world: World,
+        prepare: Callable[[Batch], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """{"held_out": mean flow loss, "held_out_by_sigma": {sigma: loss}}, on every process.
+
+        prepare: called with each batch before it is predicted.
+        """
         sums = torch.zeros(2, len(self._centres), device=world.device)
         rounds = -(-len(self._jobs) // world.size)
         for turn in range(rounds):
@@ -66,6 +75,7 @@ class Validation:
             # Every process must take part in every forward pass; a surplus one does not count.
             position, place = self._jobs[number % len(self._jobs)]
             batch = self._batch(position, place).to(world.device)
+            prepare(batch)
             if number < len(self._jobs):
                 sums[0, place] += objective(predict, batch).flow_B[0]
                 sums[1, place] += 1
@@ -87,8 +97,3 @@ class Validation:
         batch.noise_BCTHW = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
         batch.sigma_B = self._centres[place : place + 1].float()
         return batch
-
-
-def describe(positions: list[int], keys: Sequence[str]) -> str:
-    """For the log: which clips are held out."""
-    return ", ".join(keys[position].rsplit("-", 2)[0] for position in positions)
