@@ -24,7 +24,7 @@ HOLE = 2.0  # a gap between source frames longer than this many target intervals
 NATURAL_HZ = 3.5  # swings up to about this rate keep their full width between source frames
 FLOW_SIDE = 320  # px; flow is computed on pictures shrunk until the shorter side is within this
 PHOTO_LEVELS = 14.0  # neighbours that differ by more along a path (of 255) do not agree
-SINC_REACH = 2.0  # output intervals to each side that a sped-up clip is smoothed over
+SINC_REACH = 3.0  # output intervals to each side that a sped-up clip is smoothed over
 ALIKE_LEVELS = 4.0  # ... and by less: their mean is as sharp as either
 AGREED_SHARE = 0.8  # of the picture must lie on agreed paths, else the nearest frame is taken
 
@@ -138,7 +138,7 @@ def smooth_maker(
     """As `frame_maker`, for a source that is sped up: what is faster than fps / 2 Hz is taken away.
 
     Else it would come back as slow motion that never was. Each output frame is the mean of the
-    source frames around its time under a sinc of that cutoff, Hann-windowed to two output intervals
+    source frames around its time under a sinc of that cutoff, Hann-windowed to three output intervals
     on each side. No motion is estimated: what moves far between output frames blurs, as it would
     before a shutter that is open all the time.
     """
