@@ -27,7 +27,9 @@ def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
-class _Draws(Dataset):
+class Draws(Dataset):
+    """Draw n of a run: (n, sample)."""
+
     def __init__(self, reader: ShardReader, groups: Sequence[Sequence[int]], seed: int) -> None:
         self._reader, self._groups, self._seed = reader, groups, seed
 
@@ -62,7 +64,7 @@ def batches(
     """
     starts = (first_draw + (step * world + rank) * batch_size for step in range(microsteps))
     loader = DataLoader(
-        _Draws(reader, groups, seed),
+        Draws(reader, groups, seed),
         batch_sampler=[range(start, start + batch_size) for start in starts],
         collate_fn=partial(_collate_whole, collate),
         num_workers=workers,

@@ -138,9 +138,9 @@ def smooth_maker(
     """As `frame_maker`, for a source that is sped up: what is faster than fps / 2 Hz is taken away.
 
     Else it would come back as slow motion that never was. Each output frame is the mean of the
-    source frames around its time under a sinc of that cutoff, Hann-windowed to three output intervals
-    on each side. No motion is estimated: what moves far between output frames blurs, as it would
-    before a shutter that is open all the time.
+    source frames around its time under a sinc of that cutoff, Hann-windowed to three output
+    intervals on each side. No motion is estimated: what moves far between output frames blurs, as
+    it would before a shutter that is open all the time.
     """
     spacing_s = np.gradient(clock_s)
 

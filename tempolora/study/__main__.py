@@ -13,6 +13,7 @@ import torch
 
 from tempolora.config import ConfigError
 from tempolora.model import wan
+from tempolora.study import knob
 from tempolora.study.arms import OURS, PLAIN, PRIMARY, TARGETS, arm, arms, parameters_per_rank
 from tempolora.study.experiment import Settings, run, settings_ranks
 from tempolora.study.page import write_page
@@ -44,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run_.add_argument("--device", type=torch.device, default=device)
     _model_options(run_)
+    knob_ = _subcommand(commands, "knob", _knob)
+    knob_.add_argument("--out", type=Path, required=True, help="folder of results")
+    knob_.add_argument("--ways", nargs="+", default=["words", "rope", "time_44/high"])
+    knob_.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    knob_.add_argument("--clips", type=int, default=64, help="to train on, all speeds together")
+    knob_.add_argument("--samples", type=int, default=256, help="of each way and seed")
+    knob_.add_argument("--device", type=torch.device, default=device)
+    _model_options(knob_)
     page = _subcommand(commands, "page", _page)
     page.add_argument("--out", type=Path, required=True, help="folder of results")
     page.add_argument("--docs", type=Path, default=Path("docs"))
@@ -93,6 +102,14 @@ def _run(options: argparse.Namespace) -> None:
     )
     count = run(settings, arms(options.arms), options.seeds, options.minutes, options.slot)
     logging.info("%d measured", count)
+
+
+def _knob(options: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")
+    settings = Settings(
+        options.out, options.device, _overrides(options), options.clips, options.samples
+    )
+    logging.info("%d measured", knob.run(settings, knob.ways(options.ways), options.seeds))
 
 
 def _page(options: argparse.Namespace) -> None:

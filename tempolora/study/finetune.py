@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tempolora.config import Config
-from tempolora.data.loader import sample_of_draw
+from tempolora.data.loader import Draws
+from tempolora.data.shards import Sample
 from tempolora.model import lora, wan
 from tempolora.study.arms import Arm
 from tempolora.study.clips import TrainingClips
@@ -22,6 +23,7 @@ from tempolora.train.flow import velocity
 from tempolora.train.objective import Objective
 from tempolora.train.rollout import Rollout
 from tempolora.train.schedule import lr_at
+from tempolora.train.speeds import follow_speed, speed_groups
 from tempolora.train.step import Batch, Collate
 from tempolora.train.world import World
 
@@ -43,13 +45,25 @@ def training_batches(
 ) -> list[Batch]:
     """What each step trains on, drawn as the trainer does: the same in all arms of a seed."""
     collate = Collate(cfg, expert, clips.empty_text_LD)
-    size, batches = cfg.train.batch_size, []
-    for step in range(cfg.train.max_steps):
-        draws = range(step * size, (step + 1) * size)
-        chosen = [sample_of_draw(n, len(clips.samples), cfg.train.seed) for n in draws]
-        batch = collate([(n, clips.samples[k]) for n, k in zip(draws, chosen, strict=True)])
-        batches.append(batch.to(device))
-    return batches
+    shelf = Shelf(clips.samples)
+    groups = speed_groups(cfg.lora.kind, shelf, [*range(len(clips.samples))])
+    drawn = Draws(shelf, groups, cfg.train.seed)
+    size = cfg.train.batch_size
+    starts = range(0, cfg.train.max_steps * size, size)
+    return [collate([drawn[n] for n in range(s, s + size)]).to(device) for s in starts]
+
+
+class Shelf:
+    """Samples in memory, read as those of shards are."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self._samples = samples
+
+    def speed(self, position: int) -> float:
+        return self._samples[position].meta["speed"]
+
+    def read(self, position: int) -> Sample:
+        return self._samples[position]
 
 
 def finetune(
@@ -78,6 +92,7 @@ def finetune(
     predict = partial(wan.predict_velocity, transformer)
     flows: list[Tensor] = []
     for step, batch in enumerate(tqdm(batches, f"{arm.name} {expert}", disable=None), start=1):
+        follow_speed(cfg.lora.kind, transformer, batch)
         if objective.uncalibrated:
             objective.calibrate(predict, [batch], world)
         v_hat = objective.denoise(predict, batch, objective.noised(batch), batch.sigma_B)

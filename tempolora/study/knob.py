@@ -1,0 +1,204 @@
+"""The tempo knob: what speed comes out where one is asked for, and what else changes with it.
+
+Asked for in three ways: by the strength of a tempo adapter, trained on faster and slower versions
+of few clean clips; by the caption's word for the tempo; by a stretched time axis of RoPE. The last
+two need no training. Every way starts from the same noise at every speed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tempolora.config import ConfigError
+from tempolora.data import toy
+from tempolora.data.shards import Sample
+from tempolora.files import write_json
+from tempolora.model import wan
+from tempolora.study import clips, measure, videos
+from tempolora.study.arms import TARGETS, Arm, Loss, arm_config
+from tempolora.study.experiment import Seed, Settings, settings_ranks
+from tempolora.study.finetune import finetune, training_batches
+from tempolora.variants import NEGATIVE_PROMPT
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "knob"
+BASE_HZ = (1.0, 3.0)  # of the clips trained on, and of the samples that are judged
+SPEEDS = (0.5, 0.71, 1.41, 2.0)
+ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log2 of the speed
+THETA = 10_000.0  # of Wan's RoPE
+WORDS_HZ = {"slow": 0.75, "steady": 1.73, "fast": 4.0}  # the middles of the thirds they name
+KEPT = (
+    "hz_log2",
+    "hz_share",
+    "amplitude_log2",
+    "jitter_log2",
+    "colour_error",
+    "area_error",
+    "shape_error",
+    "drift_colour",
+    "drift_shape",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to ask for a speed. target: of a tempo adapter, and the experts that have one."""
+
+    name: str
+    target: str | None = None
+    experts: tuple[str, ...] = ()
+
+
+def ways(names: list[str]) -> list[Way]:
+    """By name: "words", "rope", or TARGET/EXPERT with high, low or both. Raises ConfigError."""
+    found = []
+    for name in names:
+        target, _, expert = name.partition("/")
+        experts = {"high": ("high",), "low": ("low",), "both": ("high", "low")}.get(expert, ())
+        if name in ("words", "rope"):
+            found.append(Way(name))
+        elif target in TARGETS and not TARGETS[target].rows and experts:
+            found.append(Way(name, target, experts))
+        else:
+            raise ConfigError(
+                f"--ways: there is no {name!r}; give words, rope, or TARGET/high, /low or /both"
+            )
+    return found
+
+
+def run(settings: Settings, chosen: list[Way], seeds: list[int]) -> int:
+    """Measure what is not measured yet; the number of files written."""
+    written = 0
+    for seed in seeds:
+        shared = None
+        for way in chosen:
+            path = settings.path(Arm(way.name), seed)
+            path = path.parent / FOLDER / path.name.replace("/", "-")
+            if path.is_file():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shared = shared or Seed(settings, seed)
+            write_json(path, record(settings, way, shared))
+            log.info("%s, seed %d: measured", way.name, seed)
+            written += 1
+    return written
+
+
+def clips_at_speeds(settings: Settings, shared: Seed) -> clips.TrainingClips:
+    """Clean clips of narrow looks, each drawn at every speed: exactly warped, nothing made up."""
+    rng = np.random.default_rng([shared.seed, clips.TRAINED_ON, 1])
+    count = settings.clips // len(SPEEDS)
+    scenes = toy.draw_scenes(count, rng, **clips.NARROW, hz=BASE_HZ)
+    texts = wan.encode_prompts(*shared.text_parts, toy.captions(scenes))
+    sizes = clips.sizes(shared.cfg)
+    samples = []
+    for speed in SPEEDS:
+        warped = sizes | {"fps": sizes["fps"] / speed}
+        videos_NFHW3 = toy.render(scenes.to(shared.device), style="clean", **warped)
+        for n, latents in enumerate(clips.encode(shared.vae, videos_NFHW3)):
+            key, meta = f"{n:04d}-{speed:g}", {"speed": speed}
+            samples.append(Sample(key, {"latents": latents.cpu()}, texts[n].cpu(), {}, meta))
+    return replace(shared.training, samples=samples)
+
+
+def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
+    """The numbers of one way: per metric a list per asked speed, of a value per sample."""
+    cfg, facts = shared.cfg, {}
+    experts = {name: wan.load_transformer(cfg.model, name, shared.device) for name in cfg.experts}
+    asked: tuple[float, ...] = ASKED
+    sample: Callable[[float], Tensor]
+    if way.name == "words":
+        asked = tuple(float(np.log2(hz / WORDS_HZ["steady"])) for hz in WORDS_HZ.values())
+
+        def sample(step: float) -> Tensor:
+            hz = WORDS_HZ["steady"] * 2**step
+            scenes = replace(shared.scenes, hz_N=torch.full_like(shared.scenes.hz_N, hz))
+            return _sample(shared, experts, toy.captions(scenes, tempo_words=True))
+
+    elif way.name == "rope":
+
+        def sample(step: float) -> Tensor:
+            with stretched(list(experts.values()), 2**step):
+                return _sample(shared, experts)
+
+    else:
+        experts |= _trained(settings, way, shared, facts)
+
+        def sample(step: float) -> Tensor:
+            return _sample(shared, experts, strength=step)
+
+    shown = {step: sample(step) for step in asked}
+    middle = shown[min(asked, key=abs)]
+    values = [measure.measure(shared.asked, shown[step], middle)[0] for step in asked]
+    return {
+        "format": FORMAT,
+        "way": way.name,
+        "seed": shared.seed,
+        "model": cfg.model.id,
+        "asked": list(asked),
+        **facts,
+        "kind": shared.scenes.kinds,
+        "metrics": {name: [_listed(value[name]) for value in values] for name in KEPT},
+    }
+
+
+def _trained(
+    settings: Settings, way: Way, shared: Seed, facts: dict[str, Any]
+) -> dict[str, nn.Module]:
+    made = Arm(way.name, TARGETS[way.target], Loss())
+    more = ("lora.kind=tempo", f"data.speeds={list(SPEEDS)}")
+    ranks = settings_ranks(settings)
+    cfg = arm_config(made, shared.seed, ranks[way.target], (*settings.overrides, *more))
+    training = clips_at_speeds(settings, shared)
+    facts |= {"rank": cfg.lora.rank, "flow": {}}
+    experts = {}
+    for name in way.experts:
+        batches = training_batches(cfg, name, training, shared.device)
+        args = cfg, made, name, training, batches, shared.device
+        experts[name], facts["flow"][name] = finetune(*args)
+    return experts
+
+
+def _sample(
+    shared: Seed,
+    experts: dict[str, nn.Module],
+    captions: list[str] | None = None,
+    strength: float | None = None,
+) -> Tensor:
+    prompts = [*(captions or toy.captions(shared.scenes)), NEGATIVE_PROMPT]
+    *said, negative = wan.encode_prompts(*shared.text_parts, prompts)
+    text = wan.pad_text(said), wan.pad_text([negative]).expand(len(said), -1, -1)
+    text = tuple(part.to(shared.device) for part in text)
+    return videos.sample(shared.cfg, experts, shared.vae, shared.noise, text, strength)
+
+
+@contextmanager
+def stretched(experts: list[nn.Module], factor: float) -> Iterator[None]:
+    """Within the block frame t of these transformers stands where frame factor * t stood."""
+    before = [(expert.rope.freqs_cos, expert.rope.freqs_sin) for expert in experts]
+    try:
+        for expert in experts:
+            rope = expert.rope
+            places = torch.arange(len(rope.freqs_cos), dtype=torch.float64) * factor
+            turns = THETA ** -(torch.arange(0, rope.t_dim, 2, dtype=torch.float64) / rope.t_dim)
+            angle = torch.outer(places, turns).repeat_interleave(2, dim=1)
+            for name, wave in (("freqs_cos", angle.cos()), ("freqs_sin", angle.sin())):
+                table = getattr(rope, name).clone()
+                table[:, : rope.t_dim] = wave.to(table)
+                setattr(rope, name, table)
+        yield
+    finally:
+        for expert, (cos, sin) in zip(experts, before, strict=True):
+            expert.rope.freqs_cos, expert.rope.freqs_sin = cos, sin
+
+
+def _listed(value_N: Tensor) -> list[float | None]:
+    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in value_N.tolist()]
