@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         "--audio", action="store_true", help="match motion with the videos' own soundtracks"
     )
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
+    beats = command("beats", _beats, "Draw how clips move against what is heard in them.")
+    beats.add_argument(
+        "clips", type=Path, metavar="CLIPS", help="a clip, a folder of clips, or one of shards"
+    )
+    beats.add_argument("--out", type=Path, default=Path("beats.png"), help="PNG to write")
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
     return parser
@@ -240,6 +245,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         audio=options.audio,
     )
     log.info("wrote %s", page)
+
+
+def _beats(options: argparse.Namespace) -> None:
+    cfg = load_config(options.config or default_config(), options.set)
+    from tempolora.results.beats import draw_beats
+
+    log.info("wrote %s", draw_beats(options.clips, options.out, cfg.data.decode_timeout_s))
 
 
 def _report(options: argparse.Namespace) -> None:

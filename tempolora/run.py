@@ -22,7 +22,7 @@ from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
 from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
 from tempolora.train.engine import check_engine, uses_deepspeed
-from tempolora.train.loop import check_objective, train_expert
+from tempolora.train.loop import check_objective, check_sound, train_expert
 from tempolora.train.resume import checkpoint_root, find_resume
 from tempolora.train.speeds import speed_groups
 from tempolora.train.stop import Stopped
@@ -51,6 +51,8 @@ def train_and_report(cfg: Config, resume: str) -> None:
     speed_groups(cfg.lora.kind, reader, split_clips(reader.keys, cfg.data.held_out)[0])
     for expert in cfg.experts:
         log.info("%s: %s", expert, check_objective(cfg, expert))
+    if any(cfg.rhythm.weight("sound", expert) for expert in cfg.experts):
+        log.info("%s", check_sound(cfg, reader))
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
     starts = find_resume(cfg, resume, processes)
     world = join_world(uses_deepspeed(cfg))

@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL, overrides
 
 from tempolora import cli
+from tempolora.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +94,38 @@ def test_shards_made_for_another_config_are_refused_by_training(
     line = refuse(capsys, "train", *sets)
     assert "data.width: the shards in" in line
     assert not (tmp_path / "o").exists()
+
+
+def with_sound(shards, folder, states):
+    """A copy of shards whose samples are said to have these kinds of sound."""
+    shutil.copytree(shards, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = folder / f"{shard['name']}.json"
+        index = json.loads(path.read_text())
+        index["sound"] = dict(zip(index["sound"], states, strict=True))
+        path.write_text(json.dumps(index))
+        shard["index_sha256"] = sha256_of(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_sound_term_says_how_many_samples_it_has_and_is_refused_without_any(
+    toy_shards, tmp_path, capsys, caplog
+):
+    mixed = with_sound(toy_shards, tmp_path / "mixed", ["heard"] * 4 + ["silent", "absent"])
+    out = f"output.dir={tmp_path / 'o'}"
+    run = toy(out, "rhythm.sound_weight=0.1", "train.max_steps=2", "model.expert=low")
+    assert cli.main(["train", *run, *overrides(f"data.shards={mixed}")]) == 0
+    assert (
+        "sound term: sound is heard in 4 of 6 samples (1 silent, 1 without a sound track); "
+        "the others take no part in it"
+    ) in caplog.text
+    assert '"sound":' in (tmp_path / "o" / "metrics.jsonl").read_text()
+    none = with_sound(toy_shards, tmp_path / "none", ["silent"] * 3 + ["broken"] * 3)
+    capsys.readouterr()
+    line = refuse(capsys, "train", *run, *overrides(f"data.shards={none}"))
+    assert "rhythm.sound_weight: sound is heard in 0 of 6 samples (3 silent, 3 with a" in line
 
 
 def test_a_damaged_shard_stops_training_with_one_line(toy_shards, tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tempolora.data.shards import (
     verify_shards,
 )
 from tempolora.data.toy import scene
-from tempolora.data.toy_set import draw_frames
+from tempolora.data.toy_set import click_track, draw_frames
 from tempolora.data.video import write_mp4
 from tempolora.model import wan
 from tempolora.model.encoders import WanEncoders
@@ -112,9 +113,57 @@ def test_a_sample_holds_what_vae_text_encoder_and_clip_say(toy_data, toy_shards)
     assert torch.equal(sample.text, text.bfloat16())
     assert (sample.meta["caption"], sample.meta["file"]) == (caption, file)
     assert (sample.meta["source_fps"], sample.meta["fps"], sample.meta["speed"]) == (16, 16, 1)
-    assert sample.meta["sound"]
+    assert sample.meta["sound"] == "heard"
     assert sample.rhythm["onset"].max() == 1
     assert sample.rhythm["motion_energy"].shape == (17,)
+
+
+def test_beats_and_tempo_of_the_clip_are_in_the_sample(toy_data, toy_shards):
+    truth = json.loads((toy_data / "truth.json").read_text())
+    for key, sample in samples(toy_shards).items():
+        beats_s = np.array(truth[sample.meta["file"]]["beats_s"])
+        found_s = sample.rhythm["beats_s"].numpy()
+        assert sample.rhythm["onset"].shape == (17,)
+        if len(found_s):  # a second of sound may be too short to be sure of
+            assert np.abs(found_s[:, None] - beats_s).min(1).max() < 0.02, key
+        tempo = sample.meta["tempo"]
+        assert tempo is None or (40 <= tempo["bpm"] <= 240 and 0 <= tempo["confidence"] <= 1)
+    assert any(len(sample.rhythm["beats_s"]) for sample in samples(toy_shards).values())
+
+
+def test_each_kind_of_sound_is_told_apart_and_each_window_has_its_own(
+    config, data, tmp_path, caplog
+):
+    frames = np.random.default_rng(0).integers(0, 255, (34, 64, 64, 3), np.uint8)
+    clicks = click_track(np.array([0.5, 1.5]), 34 / 16, 22_050)
+    half = clicks * (np.arange(len(clicks)) < 22_050)  # silent in its second window
+    for name, sound in (("heard", clicks), ("half", half), ("silent", 0 * clicks), ("none", None)):
+        write_mp4(data / f"{name}.mp4", frames, 16, sound, None if sound is None else 22_050)
+    with av.open(data / "heard.mp4") as container:
+        packets = [(p.pos, p.size) for p in container.demux(audio=0) if p.size]
+    content = bytearray((data / "heard.mp4").read_bytes())
+    for start, size in packets[10:]:
+        content[start : start + size] = bytes(byte ^ 255 for byte in content[start : start + size])
+    (data / "broken.mp4").write_bytes(content)
+    names = ("heard", "half", "silent", "none", "broken")
+    (data / "prompts.txt").write_text("".join(f"{name}.mp4|noise\n" for name in names))
+    with caplog.at_level(logging.INFO, logger="tempolora"):
+        assert run(config("data.windows=all")) == (True, 10)
+    assert "broken.mp4: its sound track does not decode" in caplog.text
+    assert (
+        "sound: heard in 3 of 10 samples (3 silent, 2 without a sound track, 2 with a broken one)"
+    ) in caplog.text
+    folder = tmp_path / "shards"
+    reader = ShardReader(folder, read_manifest(folder)["fingerprint"])
+    found = {(s.meta["file"][:-4], s.meta["window"]): s for s in samples(folder).values()}
+    for (name, window), sample in found.items():
+        state = {"none": "absent"}.get(name, name)
+        if name == "half":
+            state = ("heard", "silent")[window]
+        assert sample.meta["sound"] == reader.sound[sample.key] == state
+        assert ({"onset", "beats_s"} <= set(sample.rhythm)) == (state == "heard")
+    assert found["heard", 0].rhythm["onset"].argmax() == 8
+    assert found["heard", 1].rhythm["onset"].argmax() == 24 - 17
 
 
 def test_the_prompts_that_training_needs_are_embedded(toy_shards):

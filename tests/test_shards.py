@@ -15,6 +15,7 @@ from tempolora.data.shards import (
     Sample,
     ShardIndex,
     ShardReader,
+    describe_sound,
     fingerprint,
     read_indexes,
     verify_shards,
@@ -30,7 +31,8 @@ def sample(key: str, seed: int) -> Sample:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(16, 3, 4, 4, generator=generator).bfloat16()
     text = torch.randn(7, 32, generator=generator).bfloat16()
-    return Sample(key, {"latents": latents}, text, {"motion_energy": torch.ones(9)}, {"key": key})
+    meta = {"key": key, "sound": "heard" if key == "a" else "absent"}
+    return Sample(key, {"latents": latents}, text, {"motion_energy": torch.ones(9)}, meta)
 
 
 @pytest.fixture
@@ -54,6 +56,17 @@ def test_a_sample_comes_back_bit_for_bit(folder):
         assert found.text.dtype == torch.bfloat16
         assert torch.equal(found.rhythm["motion_energy"], wanted.rhythm["motion_energy"])
         assert found.meta == wanted.meta
+
+
+def test_what_is_heard_in_each_sample_is_known_without_reading_it(folder):
+    reader = ShardReader(folder, WANTED)
+    assert reader.sound == {"a": "heard", **dict.fromkeys("bcde", "absent")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["sound"] == {"heard": 1, "absent": 4}
+    told = describe_sound({**manifest["sound"], "silent": 2, "broken": 1})
+    assert told == (
+        "heard in 1 of 8 samples (2 silent, 4 without a sound track, 1 with a broken one)"
+    )
 
 
 def test_webdataset_reads_the_same_samples(folder):

@@ -149,18 +149,35 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """All frames of a clip at their own times, up to `most_s` seconds, to look at how it moves.
+
+    Scaled so that the longer side has no more than `most_px` pixels.
+    """
+
+    most_px: int
+    most_s: float
+
+
+@dataclass(frozen=True)
 class Window:
     """One training sample's frames, still on disk.
 
-    `start_s` is from the clip's first frame. Of the frames, `inbetween` were synthesised and
-    `nearest_fallback` taken from the nearest source frame because no in-between was trustworthy.
+    `times_s` (F,): when the clip itself shows what each frame shows, from its first frame. Of the
+    frames, `inbetween` were synthesised and `nearest_fallback` taken from the nearest source frame
+    because no in-between was trustworthy.
     """
 
     index: int
-    start_s: float
+    times_s: list[float]
     path: Path
     inbetween: int
     nearest_fallback: int
+
+    @property
+    def start_s(self) -> float:
+        """When the window begins, from the clip's first frame."""
+        return self.times_s[0]
 
     @property
     def frames(self) -> np.ndarray:
@@ -173,9 +190,9 @@ class DecodedClip:
     """A clip on the model's clock. Times are in seconds from its first video frame.
 
     `audio` is mono float32 at `audio_rate` Hz, its first sample at `audio_start_s`, or None with
-    the reason in `no_audio`. `left_out` says which windows were dropped, and why. `decoder` is
-    decord, or pyav with the reason in `decoder_note`; `rotation` (degrees, clockwise) is already
-    applied.
+    the reason in `no_audio`; `audio_broken` where there is a track that does not decode.
+    `left_out` says which windows were dropped, and why. `decoder` is decord, or pyav with the
+    reason in `decoder_note`; `rotation` (degrees, clockwise) is already applied.
     """
 
     sha256: str
@@ -189,10 +206,13 @@ class DecodedClip:
     audio: np.ndarray | None
     audio_rate: int | None
     audio_start_s: float | None
+    audio_broken: bool
     no_audio: str | None
 
 
-def read_clip(path: Path, spec: WindowSpec | Whole, workdir: Path, timeout_s: float) -> DecodedClip:
+def read_clip(
+    path: Path, spec: WindowSpec | Whole | Outline, workdir: Path, timeout_s: float
+) -> DecodedClip:
     """Decode `path` in a process of its own, which leaves its frames in the folder `workdir`.
 
     Raises ClipRejected with the reason that the worker found, and DecoderFailed where it crashed
@@ -202,8 +222,8 @@ def read_clip(path: Path, spec: WindowSpec | Whole, workdir: Path, timeout_s: fl
     workdir.mkdir(parents=True, exist_ok=True)
     answer = workdir / "clip.json"
     answer.unlink(missing_ok=True)  # an answer of an earlier run must not stand for this one
-    what = "whole" if isinstance(spec, Whole) else "spec"
-    request = {"path": str(path), "workdir": str(workdir), what: asdict(spec)}
+    kind = type(spec).__name__
+    request = {"path": str(path), "workdir": str(workdir), kind: asdict(spec)}
     said = _run_worker(json.dumps(request), path.name, timeout_s)
     try:
         found = json.loads(answer.read_text(encoding="utf-8"))
@@ -225,7 +245,7 @@ def read_clip(path: Path, spec: WindowSpec | Whole, workdir: Path, timeout_s: fl
         decoder_note=found["decoder_note"],
         windows=[
             Window(
-                w["index"], w["start_s"], workdir / w["file"], w["inbetween"], w["nearest_fallback"]
+                w["index"], w["times_s"], workdir / w["file"], w["inbetween"], w["nearest_fallback"]
             )
             for w in found["windows"]
         ],
@@ -233,6 +253,7 @@ def read_clip(path: Path, spec: WindowSpec | Whole, workdir: Path, timeout_s: fl
         audio=np.load(workdir / "audio.npy", allow_pickle=False) if has_audio else None,
         audio_rate=found["audio_rate"],
         audio_start_s=found["audio_start_s"],
+        audio_broken=found["audio_broken"],
         no_audio=found["no_audio"],
     )
 

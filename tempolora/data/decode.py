@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from tempolora.data import resample
-from tempolora.data.clips import ClipRejected, Whole, WindowSpec
+from tempolora.data.clips import ClipRejected, Outline, Whole, WindowSpec
 from tempolora.files import sha256_of
 
 try:
@@ -29,6 +29,10 @@ except ImportError:  # its wheels cover few platforms; PyAV reads the frames els
     decord = None
 
 AUDIO_RATE_HZ = 22_050  # librosa's own rate, which its onset settings are tuned for
+LEAD_S = 0.1  # of sound kept on both sides of the pictures
+JUMP_S = 0.05  # by which a sound frame may be off what its samples say: more is a gap
+LOUDEST = 1e3  # 1 is full scale, and float tracks may go beyond; noughts and ones may not
+MOST_SOUND_S = 3600.0
 MAX_THREADS = 2
 PLAYLISTS = {"concat", "dash", "hls", "imf"}  # would read files outside the folder
 STRIDE = 4  # Wan's clips have 4 k + 1 frames
@@ -46,12 +50,16 @@ class Stream:
     first: np.ndarray
 
 
+KINDS = {kind.__name__: kind for kind in (WindowSpec, Whole, Outline)}
+
+
 def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     cv2.setNumThreads(MAX_THREADS)
     request = json.loads(sys.stdin.read())
     workdir = Path(request["workdir"])
-    spec = WindowSpec(**request["spec"]) if "spec" in request else Whole(**request["whole"])
+    (kind,) = KINDS.keys() & request.keys()
+    spec = KINDS[kind](**request[kind])
     try:
         answer = decode(Path(request["path"]), spec, workdir)
     except ClipRejected as reason:
@@ -61,12 +69,30 @@ def main() -> None:
     os.replace(partial, workdir / "clip.json")
 
 
-def decode(path: Path, spec: WindowSpec | Whole, workdir: Path) -> dict:
+def decode(path: Path, spec: WindowSpec | Whole | Outline, workdir: Path) -> dict:
     """Write the windows of `path` and its sound into `workdir`; the answer for clip.json.
 
     Raises ClipRejected where the file or its timing will not do.
     """
     stream = read_stream(path)
+    found = (
+        outline(path, stream, spec, workdir)
+        if isinstance(spec, Outline)
+        else cut(path, stream, spec, workdir)
+    )
+    rate = resample.source_fps(stream.pts_s)
+    return {
+        "sha256": sha256_of(path),
+        "source_fps": rate,
+        "duration_s": float(stream.pts_s[-1] - stream.pts_s[0]) + 1 / rate,
+        "rotation": stream.rotation,
+        **found,
+        **save_audio(path, stream.pts_s, workdir / "audio.npy"),
+    }
+
+
+def cut(path: Path, stream: Stream, spec: WindowSpec | Whole, workdir: Path) -> dict:
+    """Write windows of frames on the model's clock; the pictures' part of the answer."""
     if isinstance(spec, Whole):
         spec = window_of_all(spec, stream)
     check_rate(stream.pts_s, spec.fps)
@@ -88,27 +114,53 @@ def decode(path: Path, spec: WindowSpec | Whole, workdir: Path) -> dict:
         file = f"window_{index:03d}.npy"
         chosen = picks[start : start + spec.num_frames]
         origins = write_window(workdir / file, make, chosen, spec)
-        real_s = np.interp(start / spec.fps, clock_s, stream.pts_s - stream.pts_s[0])
+        shown_s = np.arange(start, start + spec.num_frames) / spec.fps
         windows.append(
             {
                 "index": index,
-                "start_s": float(real_s),
+                "times_s": np.interp(shown_s, clock_s, stream.pts_s - stream.pts_s[0]).tolist(),
                 "file": file,
                 "inbetween": origins.count("inbetween"),
                 "nearest_fallback": origins.count("nearest") if spec.resample == "auto" else 0,
             }
         )
-    rate = resample.source_fps(stream.pts_s)
     return {
-        "sha256": sha256_of(path),
-        "source_fps": rate,
-        "duration_s": float(stream.pts_s[-1] - stream.pts_s[0]) + 1 / rate,
-        "rotation": stream.rotation,
         "decoder": decoder,
         "decoder_note": decoder_note,
         "windows": windows,
         "left_out": left_out,
-        **save_audio(path, float(stream.pts_s[0]), workdir / "audio.npy"),
+    }
+
+
+def outline(path: Path, stream: Stream, spec: Outline, workdir: Path) -> dict:
+    """Write all frames, small, at their own times; the pictures' part of the answer."""
+    times_s = stream.pts_s - stream.pts_s[0]
+    times_s = times_s[times_s <= spec.most_s]
+    if len(times_s) < 3:
+        raise ClipRejected(f"it has {len(stream.pts_s)} frames, which is no motion to look at")
+    check_whole(path, stream.pts_s[: len(times_s)])
+    get, decoder, decoder_note = open_frames(path, stream)
+    height, width, _ = stream.first.shape
+    scale = min(1.0, spec.most_px / max(height, width))
+    height, width = max(1, round(scale * height)), max(1, round(scale * width))
+    shape = (len(times_s), height, width, 3)
+    file = "window_000.npy"
+    frames = np.lib.format.open_memmap(workdir / file, mode="w+", dtype=np.uint8, shape=shape)
+    for index in range(len(times_s)):
+        frames[index] = fit(get(index), height, width)
+    frames.flush()
+    window = {
+        "index": 0,
+        "times_s": times_s.tolist(),
+        "file": file,
+        "inbetween": 0,
+        "nearest_fallback": 0,
+    }
+    return {
+        "decoder": decoder,
+        "decoder_note": decoder_note,
+        "windows": [window],
+        "left_out": [],
     }
 
 
@@ -300,36 +352,81 @@ def write_window(path: Path, make: Callable, picks: list, spec: WindowSpec) -> l
     return origins
 
 
-def save_audio(path: Path, first_frame_s: float, target: Path) -> dict:
-    """Decode the first sound track to mono float32; the sound's part of the answer.
+def save_audio(path: Path, pts_s: np.ndarray, target: Path) -> dict:
+    """Decode the sound that goes with frames at `pts_s` (N,); the sound's part of the answer.
 
-    A missing or broken track does not reject the clip: `no_audio` says why there is none.
+    The first sound track, mono float32. A missing or broken one does not reject the clip:
+    `no_audio` says why there is none.
     """
-    none = {"audio_rate": None, "audio_start_s": None}
+    first_s, last_s = float(pts_s[0]), min(float(pts_s[-1]), pts_s[0] + MOST_SOUND_S)
+    none = {"audio_rate": None, "audio_start_s": None, "audio_broken": True}
     try:
         with av.open(path) as container:
             if not container.streams.audio:
-                return none | {"no_audio": "the file has no sound track"}
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE_HZ)
-            start_s, chunks = None, []
-            for frame in container.decode(container.streams.audio[0]):
-                if start_s is None:
-                    start_s = frame.time or 0.0
-                chunks += [out.to_ndarray()[0] for out in resampler.resample(frame)]
-            if start_s is not None:
-                chunks += [out.to_ndarray()[0] for out in resampler.resample(None)]
+                return none | {"no_audio": "the file has no sound track", "audio_broken": False}
+            pieces = read_sound(container, first_s - LEAD_S, last_s + LEAD_S)
     except av.error.FFmpegError as error:
         return none | {"no_audio": f"its sound track does not decode ({error.strerror})"}
-    except ValueError as error:  # the resampler's, where the format changes on the way
+    except ValueError as error:  # the resampler's, of formats that it does not know
         return none | {"no_audio": f"its sound track does not decode ({error})"}
-    if not chunks:
-        return none | {"no_audio": "its sound track is empty"}
-    np.save(target, np.concatenate(chunks), allow_pickle=False)
+    if not pieces:
+        why = "its sound track is empty or lies outside of its pictures"
+        return none | {"no_audio": why, "audio_broken": False}
+    start_s = pieces[0][0]
+    ends_s = [at_s + len(samples) / AUDIO_RATE_HZ for at_s, samples in pieces]
+    audio = np.zeros(round((max(ends_s) - start_s) * AUDIO_RATE_HZ), np.float32)
+    for at_s, samples in pieces:
+        place = round((at_s - start_s) * AUDIO_RATE_HZ)
+        audio[place : place + len(samples)] = samples[: len(audio) - place]
+    if not np.abs(audio).max(initial=0) < LOUDEST:  # nor is what is not a number
+        return none | {"no_audio": "its sound track holds values that are no sound"}
+    np.save(target, audio, allow_pickle=False)
     return {
         "audio_rate": AUDIO_RATE_HZ,
-        "audio_start_s": float(start_s) - first_frame_s,
+        "audio_start_s": start_s - first_s,
+        "audio_broken": False,
         "no_audio": None,
     }
+
+
+def read_sound(
+    container: av.container.InputContainer, from_s: float, until_s: float
+) -> list[tuple[float, np.ndarray]]:
+    """The first sound track between two times as pieces in order: when, and mono samples.
+
+    A new piece begins where timestamps jump, so that nothing later is out of time, and where
+    sample rate or channels change. Raises ValueError for damage that the decoder only marks.
+    """
+    pieces: list[tuple[float, list[np.ndarray]]] = []
+    setup = resampler = None
+    due_s = 0.0  # when the next frame is due by the samples so far
+
+    def finish() -> None:
+        if pieces:
+            pieces[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(None))
+
+    for frame in container.decode(container.streams.audio[0]):
+        if frame.is_corrupt:
+            raise ValueError(f"damaged near {frame.time or 0:.2f} s")
+        at_s = due_s if frame.time is None else frame.time
+        if at_s >= until_s:
+            break
+        lasts_s = frame.samples / frame.sample_rate
+        if at_s + lasts_s <= from_s:
+            continue
+        now = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if now != setup or not -JUMP_S < at_s - due_s < JUMP_S:
+            finish()
+            if pieces and at_s < pieces[-1][0]:
+                raise ValueError(f"its time runs backwards at {at_s:.2f} s")
+            pieces.append((at_s, []))
+            setup, due_s = now, at_s
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE_HZ)
+        frame.pts = None  # its place is settled, and the resampler would fill small gaps
+        pieces[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(frame))
+        due_s += lasts_s
+    finish()
+    return [(at_s, np.concatenate(chunks)) for at_s, chunks in pieces if chunks]
 
 
 if __name__ == "__main__":

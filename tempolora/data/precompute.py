@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
-from tempolora.data.audio import has_sound, onset_envelope
+from tempolora.data.audio import Track
 from tempolora.data.clips import (
     Clip,
     ClipRejected,
@@ -33,10 +33,15 @@ from tempolora.data.clips import (
 )
 from tempolora.data.fit_readout import VaeCoder, finish_readout, write_parts
 from tempolora.data.shards import (
+    ABSENT,
+    BROKEN,
+    HEARD,
     MANIFEST,
     PROMPTS,
+    SILENT,
     Sample,
     ShardIndex,
+    describe_sound,
     fingerprint,
     has_prompts,
     index_path,
@@ -246,15 +251,23 @@ def _samples_of(
     cfg: Config, encoders: Encoders, clip: Clip, decoded: DecodedClip, text_LD: Tensor
 ) -> Iterator[Sample]:
     fps, num_frames = cfg.timebase.fps, cfg.data.num_frames
-    sounding = decoded.audio is not None and has_sound(decoded.audio)
+    track = None
+    if decoded.audio is not None:
+        track = Track(decoded.audio, decoded.audio_rate, decoded.audio_start_s)
+    elif decoded.audio_broken:
+        log.warning("%s: %s; it is used without", clip.file, decoded.no_audio)
     for window in decoded.windows:
         frames_FHW3 = torch.from_numpy(np.array(window.frames))
         latents = encoders.encode_frames(frames_FHW3)
         rhythm = {"motion_energy": motion_energy(frames_FHW3)}
-        if sounding:
-            times_s = window.start_s - decoded.audio_start_s + torch.arange(num_frames) / fps
-            onset_F = onset_envelope(decoded.audio, decoded.audio_rate, times_s.numpy())
-            rhythm["onset"] = torch.from_numpy(onset_F)
+        sound = {"sound": BROKEN if decoded.audio_broken else ABSENT}
+        if track is not None:
+            sound = {"sound": HEARD if track.is_heard(window.times_s) else SILENT}
+        if sound["sound"] == HEARD:
+            heard = track.window(window.times_s, fps)
+            rhythm["onset"] = torch.from_numpy(heard.onset_F)
+            rhythm["beats_s"] = torch.from_numpy(heard.beats_s)
+            sound["tempo"] = heard.tempo and asdict(heard.tempo)
         key = sample_key(clip.file, window.index)
         yield Sample(
             key=key,
@@ -279,8 +292,8 @@ def _samples_of(
                 "decoder": decoded.decoder,
                 "decoder_note": decoded.decoder_note,
                 "rotation": decoded.rotation,
-                "sound": sounding,
-                "no_sound_because": decoded.no_audio or (None if sounding else "it is silent"),
+                **sound,
+                "no_audio": decoded.no_audio,
                 **encoders.fingerprints(),
             },
         )
@@ -304,13 +317,14 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) ->
     manifest = read_manifest(folder)
     log.info(
         "%s: %d samples from %d clips, %d clips rejected; %d frames made between source frames, "
-        "%d taken from the nearest because none could be made",
+        "%d taken from the nearest because none could be made; sound: %s",
         folder,
         manifest["samples"],
         len(clips),
         len(manifest["rejected"]),
         manifest["frames"]["inbetween"],
         manifest["frames"]["nearest_fallback"],
+        describe_sound(manifest["sound"]),
     )
     if not manifest["samples"]:
         reason = manifest["rejected"][0]["reason"]

@@ -7,14 +7,16 @@ folder is unfinished. Nothing here is ever unpickled; members other than these f
 
     latents.safetensors  latents (C, T, H, W) bf16 normalised; i2v A14B also condition, same shape
     text.safetensors     text (L, D) bf16 at the caption's true length
-    rhythm.safetensors   motion_energy (F,), onset (F,) where the clip has sound
-    meta.json            key, caption, source file and SHA-256, window, rates, size, fingerprints
+    rhythm.safetensors   motion_energy (F,); where sound is heard onset (F,) and beats_s (K,)
+    meta.json            key, caption, source file and SHA-256, window, rates, size, sound and
+                         tempo, fingerprints
 """
 
 import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -31,9 +33,10 @@ from torch import Tensor
 from tempolora.config import Config, ConfigError
 from tempolora.files import replacing, sha256_of, write_json
 
-FORMAT = 1
+FORMAT = 2  # 1: beats, tempo and the kind of silence were not kept
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
+HEARD, SILENT, ABSENT, BROKEN = "heard", "silent", "absent", "broken"  # a sample's sound
 MEMBERS = ("latents.safetensors", "text.safetensors", "rhythm.safetensors", "meta.json")
 
 
@@ -64,9 +67,9 @@ class ShardIndex:
     samples: key -> member -> [offset, bytes, SHA-256]. clips: file -> what `clip_identity` gave.
     rejected: file -> reason; such clips are in `clips` too, so that they are not tried again.
     failed: file -> reason, where the decoder did not finish; tried again by the next run.
-    left_out: file -> reasons, of windows that could not be used. speeds: key -> speed, of samples
-    that are not at the clip's own. frames: counts of frames that
+    left_out: file -> reasons, of windows that could not be used. frames: counts of frames that
     are not source frames: made in between, or taken from the nearest for want of a good one.
+    speeds: key -> speed, of samples that are not at the clip's own. sound: key -> heard, silent, absent or broken, as meta.json has it.
     """
 
     fingerprint: dict[str, Any]
@@ -78,6 +81,7 @@ class ShardIndex:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=lambda: {"inbetween": 0, "nearest_fallback": 0})
+    sound: dict[str, str] = field(default_factory=dict)
 
 
 def fingerprint(cfg: Config, models: dict[str, str]) -> dict[str, Any]:
@@ -104,7 +108,6 @@ def fingerprint(cfg: Config, models: dict[str, str]) -> dict[str, Any]:
 
 def refuse_other_fingerprint(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ConfigError naming the first setting in which two fingerprints differ."""
-    found = {"data.speeds": [1.0], **found}  # shards made before there were speeds
     for key, value in wanted.items():
         if found.get(key) != value:
             raise ConfigError(
@@ -123,6 +126,7 @@ def write_shard(path: Path, samples: Iterable[Sample], index: ShardIndex) -> Non
                 writer.write({"__key__": sample.key, **sample.members()})
             writer.close()
         index.samples = _locate_members(temporary)
+        index.sound = {sample.key: sample.meta["sound"] for sample in samples}
         index.sha256 = sha256_of(temporary)
     write_json(index_path(path), vars(index))
 
@@ -189,9 +193,18 @@ def write_manifest(folder: Path, indexes: dict[str, ShardIndex], facts: dict[str
             kind: sum(index.frames[kind] for index in every)
             for kind in ("inbetween", "nearest_fallback")
         },
+        "sound": Counter(state for index in every for state in index.sound.values()),
         **facts,
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def describe_sound(count: dict[str, int]) -> str:
+    """Of how many samples sound is heard, and why not of the others; count: as in the manifest."""
+    said = f"heard in {count.get(HEARD, 0)} of {sum(count.values())} samples"
+    why = {SILENT: "silent", ABSENT: "without a sound track", BROKEN: "with a broken one"}
+    others = [f"{count[state]} {words}" for state, words in why.items() if count.get(state)]
+    return f"{said} ({', '.join(others)})" if others else said
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -225,14 +238,16 @@ class ShardReader:
     """Random access to the samples of a finished folder, in the order of their keys.
 
     The order does not depend on how many processes wrote the shards. Every member read is checked
-    against its SHA-256. wanted: the fingerprint the shards must have. Raises ConfigError for an
-    unfinished folder, for one made with other settings, and for damage.
+    against its SHA-256. `sound` is each sample's, by key: heard, silent, absent or broken. wanted:
+    the fingerprint the shards must have. Raises ConfigError for an unfinished folder, for one made
+    with other settings, and for damage.
     """
 
     def __init__(self, folder: Path, wanted: dict[str, Any]) -> None:
         manifest = read_manifest(folder)
         refuse_other_fingerprint(folder, manifest["fingerprint"], wanted)
         self._folder = folder
+        self.sound: dict[str, str] = {}
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, dict[str, list[Any]]]] = {}
         self._speeds: dict[str, float] = {}
@@ -243,7 +258,8 @@ class ShardReader:
             if not path.is_file() or sha256_of(path) != shard["index_sha256"]:
                 raise _damaged(path, "does not fit the manifest")
             index = json.loads(path.read_bytes())
-            self._speeds |= index.get("speeds", {})
+            self._speeds |= index["speeds"]
+            self.sound |= index["sound"]
             for key, members in index["samples"].items():
                 if missing := set(MEMBERS) - set(members):
                     raise _damaged(path, f"sample {key} lacks {', '.join(sorted(missing))}")

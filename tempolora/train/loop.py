@@ -1,6 +1,7 @@
 """The training loop: samples in, checkpoints and metrics out, one expert at a time."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tempolora.config import Config
+from tempolora.config import Config, ConfigError
 from tempolora.data.loader import batches
 from tempolora.data.readout import load_bank, load_readout
-from tempolora.data.shards import ShardReader, load_prompt
+from tempolora.data.shards import HEARD, ShardReader, describe_sound, load_prompt
 from tempolora.model import lora, wan
 from tempolora.model.memory import free_memory
 from tempolora.rhythm.bank import Bank
@@ -122,6 +123,18 @@ def check_objective(cfg: Config, expert: str) -> str:
     """What the expert's rhythm terms are, in a line. Raises ConfigError as `build_objective`."""
     build_objective(cfg, expert, torch.device("cpu"), None)
     return f"rhythm terms: {describe_terms(cfg, expert, _readout(cfg))}"
+
+
+def check_sound(cfg: Config, reader: ShardReader) -> str:
+    """How many samples the sound term trains on. Raises ConfigError where there are none."""
+    positions, _ = split_clips(reader.keys, cfg.data.held_out)
+    count = Counter(reader.sound[reader.keys[position]] for position in positions)
+    if not count[HEARD]:
+        raise ConfigError(
+            f"rhythm.sound_weight: sound is {describe_sound(count)} to train on; set it to 0, or "
+            "give clips with sound and run `tempolora precompute` into a new folder"
+        )
+    return f"sound term: sound is {describe_sound(count)}; the others take no part in it"
 
 
 def _readout(cfg: Config) -> Readout | None:
