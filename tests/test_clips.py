@@ -323,3 +323,37 @@ def test_a_gap_in_the_stream_leaves_the_window_out(tmp_path):
     assert len(clip.left_out) == 1
     assert "0.375 s without a frame" in clip.left_out[0]
     assert [round(w.start_s * 14) for w in clip.windows] == [0, 9, 27, 36, 45]
+
+
+@pytest.mark.parametrize("rate", [32, 30])
+def test_at_each_speed_a_clip_runs_that_much_faster(tmp_path, rate):
+    """A pulse of 1 Hz comes out at 0.55, 1 and 2 Hz, and each frame knows its time in the clip."""
+    time_s = np.arange(8 * rate) / rate
+    level = 128 + 20 * np.cos(2 * np.pi * time_s)
+    frames = np.broadcast_to(level[:, None, None, None], (len(time_s), 32, 32, 3))
+    write_mp4(tmp_path / "pulse.mp4", np.rint(frames).astype(np.uint8), rate)
+    speeds = (0.55, 1.0, 2.0)
+    spec = WindowSpec(16, 49, 32, 32, "first", 1, "auto", speeds)
+    clip = read_clip(tmp_path / "pulse.mp4", spec, tmp_path / "work", TIMEOUT_S)
+    assert tuple(window.speed for window in clip.windows) == speeds
+    for window in clip.windows:
+        shown_s = np.arange(49) / 16
+        np.testing.assert_allclose(window.times_s, shown_s * window.speed, atol=0.02)
+        hz = window.speed
+        basis = np.stack([np.ones(49), np.cos(2 * np.pi * hz * shown_s)], 1)
+        seen = window.frames.mean(axis=(1, 2, 3))
+        (_, size), *_ = np.linalg.lstsq(basis, seen, rcond=None)
+        assert size == pytest.approx(20, rel=0.1)
+
+
+def test_a_speed_that_a_clip_cannot_give_is_left_out_and_said(tmp_path):
+    write_mp4(tmp_path / "a.mp4", np.zeros((80, 32, 32, 3), np.uint8), 24)
+    spec = WindowSpec(16, 49, 32, 32, "first", 1, "auto", (0.5, 1.0, 2.0))
+    clip = read_clip(tmp_path / "a.mp4", spec, tmp_path / "work", TIMEOUT_S)
+    assert [window.speed for window in clip.windows] == [1.0]
+    slower, faster = clip.left_out
+    assert slower.startswith("at speed 0.5: its 12 fps are slower than the 16 fps")
+    assert faster.startswith("at speed 2: it gives 27 frames at 16 fps and 49 are needed")
+    with pytest.raises(ClipRejected, match="at speed 2: it gives 27 frames"):
+        spec = WindowSpec(16, 49, 32, 32, "first", 1, "auto", (2.0,))
+        read_clip(tmp_path / "a.mp4", spec, tmp_path / "work", TIMEOUT_S)

@@ -31,7 +31,7 @@ def sample(key: str, seed: int) -> Sample:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(16, 3, 4, 4, generator=generator).bfloat16()
     text = torch.randn(7, 32, generator=generator).bfloat16()
-    meta = {"key": key, "sound": "heard" if key == "a" else "absent"}
+    meta = {"key": key, "speed": 1.0, "sound": "heard" if key == "a" else "absent"}
     return Sample(key, {"latents": latents}, text, {"motion_energy": torch.ones(9)}, meta)
 
 

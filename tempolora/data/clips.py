@@ -124,7 +124,8 @@ class WindowSpec:
     """What to cut from a clip: `num_frames` at `fps` Hz, `height` x `width` px.
 
     windows: "first", "all" (end to end) or "spaced" (evenly, at most `max_windows`; the others
-    ignore it). resample: "auto" (motion-compensated), "nearest" or "blend".
+    ignore it). resample: "auto" (motion-compensated), "nearest" or "blend". speeds: at each of
+    which the windows are cut anew, 2 being twice as fast.
     """
 
     fps: float
@@ -134,6 +135,7 @@ class WindowSpec:
     windows: str
     max_windows: int
     resample: str
+    speeds: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Window:
-    """One training sample's frames, still on disk.
+    """One training sample's frames, still on disk; the `index`-th at its `speed`.
 
     `times_s` (F,): when the clip itself shows what each frame shows, from its first frame. Of the
     frames, `inbetween` were synthesised and `nearest_fallback` taken from the nearest source frame
@@ -169,6 +171,7 @@ class Window:
     """
 
     index: int
+    speed: float
     times_s: list[float]
     path: Path
     inbetween: int
@@ -245,7 +248,12 @@ def read_clip(
         decoder_note=found["decoder_note"],
         windows=[
             Window(
-                w["index"], w["times_s"], workdir / w["file"], w["inbetween"], w["nearest_fallback"]
+                w["index"],
+                w["speed"],
+                w["times_s"],
+                workdir / w["file"],
+                w["inbetween"],
+                w["nearest_fallback"],
             )
             for w in found["windows"]
         ],

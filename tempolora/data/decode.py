@@ -95,41 +95,80 @@ def cut(path: Path, stream: Stream, spec: WindowSpec | Whole, workdir: Path) -> 
     """Write windows of frames on the model's clock; the pictures' part of the answer."""
     if isinstance(spec, Whole):
         spec = window_of_all(spec, stream)
-    check_rate(stream.pts_s, spec.fps)
-    clock_s = resample.clock(stream.pts_s, spec.fps)
-    picks = resample.plan_picks(clock_s, spec.fps)
-    starts, left_out = choose_windows(picks, clock_s, spec)
-    last = max(picks[start + spec.num_frames - 1].right for start in starts)
+    takes, left_out = plan(stream, spec)
+    last = max(
+        take.picks[start + spec.num_frames - 1].right for take in takes for start in take.starts
+    )
     last = min(last + 1, len(stream.pts_s) - 1)  # motion compensation looks one frame further
     check_whole(path, stream.pts_s[: last + 1])
-    get, decoder, decoder_note = open_frames(path, stream)
-
-    @lru_cache(maxsize=6)
-    def fitted(index: int) -> np.ndarray:
-        return fit(get(index), spec.height, spec.width)
-
-    make = resample.frame_maker(fitted, clock_s, spec.resample)
     windows = []
-    for index, start in enumerate(starts):
-        file = f"window_{index:03d}.npy"
-        chosen = picks[start : start + spec.num_frames]
-        origins = write_window(workdir / file, make, chosen, spec)
-        shown_s = np.arange(start, start + spec.num_frames) / spec.fps
-        windows.append(
-            {
-                "index": index,
-                "times_s": np.interp(shown_s, clock_s, stream.pts_s - stream.pts_s[0]).tolist(),
-                "file": file,
-                "inbetween": origins.count("inbetween"),
-                "nearest_fallback": origins.count("nearest") if spec.resample == "auto" else 0,
-            }
-        )
+    for take in takes:
+        get, decoder, decoder_note = open_frames(path, stream)  # which may only go forwards
+
+        @lru_cache(maxsize=6)
+        def fitted(index: int, get: Callable = get) -> np.ndarray:
+            return fit(get(index), spec.height, spec.width)
+
+        make = resample.frame_maker(fitted, take.clock_s, spec.resample)
+        if take.speed > 1:
+            make = resample.smooth_maker(fitted, take.clock_s, spec.fps)
+        for index, start in enumerate(take.starts):
+            file = f"window_{len(windows):03d}.npy"
+            chosen = take.picks[start : start + spec.num_frames]
+            origins = write_window(workdir / file, make, chosen, spec)
+            shown_s = np.arange(start, start + spec.num_frames) / spec.fps
+            own_s = np.interp(shown_s, take.clock_s, stream.pts_s - stream.pts_s[0])
+            windows.append(
+                {
+                    "index": index,
+                    "speed": take.speed,
+                    "times_s": own_s.tolist(),
+                    "file": file,
+                    "inbetween": origins.count("inbetween"),
+                    "nearest_fallback": origins.count("nearest") if spec.resample == "auto" else 0,
+                }
+            )
     return {
         "decoder": decoder,
         "decoder_note": decoder_note,
         "windows": windows,
         "left_out": left_out,
     }
+
+
+@dataclass(frozen=True)
+class Take:
+    """A clip at one speed: its frames' times (N,) in s on the output's clock, all output frames,
+    and which of these begin a window."""
+
+    speed: float
+    clock_s: np.ndarray
+    picks: list[resample.Pick]
+    starts: list[int]
+
+
+def plan(stream: Stream, spec: WindowSpec) -> tuple[list[Take], list[str]]:
+    """The takes that the clip can give, and why it cannot give others.
+
+    Raises ClipRejected where it can give none.
+    """
+    takes, left_out, refused = [], [], []
+    for speed in spec.speeds:
+        at = "" if speed == 1 else f"at speed {speed:g}: "
+        pts_s = stream.pts_s / speed
+        try:
+            check_rate(pts_s, spec.fps)
+            clock_s = resample.clock(pts_s, spec.fps)
+            picks = resample.plan_picks(clock_s, spec.fps)
+            starts, holes = choose_windows(picks, clock_s, spec)
+        except ClipRejected as reason:
+            refused.append(f"{at}{reason}")
+            continue
+        takes.append(Take(speed, clock_s, picks, starts))
+        left_out += [f"{at}{hole}" for hole in holes]
+    if not takes:
+        raise ClipRejected(refused[0])
+    return takes, [*refused, *left_out]
 
 
 def outline(path: Path, stream: Stream, spec: Outline, workdir: Path) -> dict:
@@ -151,6 +190,7 @@ def outline(path: Path, stream: Stream, spec: Outline, workdir: Path) -> dict:
     frames.flush()
     window = {
         "index": 0,
+        "speed": 1.0,
         "times_s": times_s.tolist(),
         "file": file,
         "inbetween": 0,

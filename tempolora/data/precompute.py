@@ -223,6 +223,7 @@ def _decode_ahead(job: _Job, scratch: Path) -> Iterator[tuple[Clip, DecodedClip 
         windows=data.windows,
         max_windows=data.max_windows or SPACED_WINDOWS,
         resample=data.resample,
+        speeds=data.speeds,
     )
 
     def start(position: int) -> Future[DecodedClip]:
@@ -268,7 +269,7 @@ def _samples_of(
             rhythm["onset"] = torch.from_numpy(heard.onset_F)
             rhythm["beats_s"] = torch.from_numpy(heard.beats_s)
             sound["tempo"] = heard.tempo and asdict(heard.tempo)
-        key = sample_key(clip.file, window.index)
+        key = sample_key(clip.file, window.index, window.speed)
         yield Sample(
             key=key,
             latents={name: value.to(torch.bfloat16) for name, value in latents.items()},
@@ -283,7 +284,7 @@ def _samples_of(
                 "start_s": window.start_s,
                 "source_fps": decoded.source_fps,
                 "fps": fps,
-                "speed": 1.0,
+                "speed": window.speed,
                 "num_frames": num_frames,
                 "height": cfg.data.height,
                 "width": cfg.data.width,
@@ -317,7 +318,7 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) ->
     manifest = read_manifest(folder)
     log.info(
         "%s: %d samples from %d clips, %d clips rejected; %d frames made between source frames, "
-        "%d taken from the nearest because none could be made; sound: %s",
+        "%d taken from the nearest because none could be made; sound: %s%s",
         folder,
         manifest["samples"],
         len(clips),
@@ -325,6 +326,7 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) ->
         manifest["frames"]["inbetween"],
         manifest["frames"]["nearest_fallback"],
         describe_sound(manifest["sound"]),
+        _describe_speeds(cfg, manifest["speeds"]),
     )
     if not manifest["samples"]:
         reason = manifest["rejected"][0]["reason"]
@@ -333,3 +335,10 @@ def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) ->
             f"to train on; the first: {reason}"
         )
     return True
+
+
+def _describe_speeds(cfg: Config, counts: dict[str, int]) -> str:
+    if len(cfg.data.speeds) == 1:
+        return ""
+    each = (f"{counts.get(f'{speed:g}', 0)} at {speed:g}" for speed in cfg.data.speeds)
+    return f"; samples by speed: {', '.join(each)}"

@@ -69,7 +69,8 @@ class ShardIndex:
     failed: file -> reason, where the decoder did not finish; tried again by the next run.
     left_out: file -> reasons, of windows that could not be used. frames: counts of frames that
     are not source frames: made in between, or taken from the nearest for want of a good one.
-    speeds: key -> speed, of samples that are not at the clip's own. sound: key -> heard, silent, absent or broken, as meta.json has it.
+    speeds: key -> speed, 1 being the clip's own. sound: key -> heard, silent, absent or broken, as
+    meta.json has it.
     """
 
     fingerprint: dict[str, Any]
@@ -127,6 +128,7 @@ def write_shard(path: Path, samples: Iterable[Sample], index: ShardIndex) -> Non
             writer.close()
         index.samples = _locate_members(temporary)
         index.sound = {sample.key: sample.meta["sound"] for sample in samples}
+        index.speeds = {sample.key: sample.meta["speed"] for sample in samples}
         index.sha256 = sha256_of(temporary)
     write_json(index_path(path), vars(index))
 
@@ -194,6 +196,7 @@ def write_manifest(folder: Path, indexes: dict[str, ShardIndex], facts: dict[str
             for kind in ("inbetween", "nearest_fallback")
         },
         "sound": Counter(state for index in every for state in index.sound.values()),
+        "speeds": Counter(f"{speed:g}" for index in every for speed in index.speeds.values()),
         **facts,
     }
     write_json(folder / MANIFEST, manifest)
@@ -276,7 +279,7 @@ class ShardReader:
 
     def speed(self, position: int) -> float:
         """How fast the sample at a position in key order runs; 1 is the clip's own speed."""
-        return self._speeds.get(self.keys[position], 1.0)
+        return self._speeds[self.keys[position]]
 
     def read(self, position: int) -> Sample:
         """The sample at a position in key order."""
