@@ -111,6 +111,7 @@ def export_checkpoint(found: Checkpoint, folder: Path | None = None) -> Path:
 
 RESULTS = (
     "checkpoints",
+    "compared",
     "config.json",
     "metrics.jsonl",
     "report.html",
