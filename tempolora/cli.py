@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tempolora.config import Config, ConfigError, load_config
@@ -132,7 +132,12 @@ def _load(options: argparse.Namespace) -> Config:
 def _demo(options: argparse.Namespace) -> None:
     if options.config is not None:
         raise ConfigError("--config: the demo has its own; use `tempolora train` for yours")
-    _prepare_and_train(_load(options), "auto")
+    cfg = _load(options)
+    from tempolora.demo import check_demo, demo
+
+    check_demo(cfg)
+    _make_missing_shards(cfg)
+    _until_stopped(demo, cfg)
 
 
 def _precompute(options: argparse.Namespace) -> None:
@@ -180,20 +185,28 @@ def _run_precompute(cfg: Config) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _prepare_and_train(_load(options), options.resume)
+    cfg = _load(options)
+    _make_missing_shards(cfg)
+    from tempolora.run import train_and_report
+
+    _until_stopped(train_and_report, cfg, options.resume)
 
 
-def _prepare_and_train(cfg: Config, resume: str) -> None:
+def _make_missing_shards(cfg: Config) -> None:
+    """On one process; several could not wait for each other here."""
     from tempolora.data.shards import MANIFEST
 
     if place()[1] == 1 and not (Path(cfg.data.shards) / MANIFEST).is_file():
         _check_source(cfg)
         _run_precompute(cfg)
-    from tempolora.run import train_and_report
+
+
+def _until_stopped(train: Callable[..., None], *arguments) -> None:
+    """Train; where a signal ended it after a step, say so: that is no error."""
     from tempolora.train.stop import Stopped
 
     try:
-        train_and_report(cfg, resume)
+        train(*arguments)
     except Stopped as stopped:
         log.info("%s", stopped)
 

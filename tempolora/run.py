@@ -124,6 +124,7 @@ STRENGTH = {
 
 RESULTS = (
     "checkpoints",
+    "compared",
     "config.json",
     "metrics.jsonl",
     "report.html",

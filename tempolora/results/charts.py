@@ -1,4 +1,4 @@
-"""Curves as inline SVG: the charts of the report, which need nothing but its style sheet.
+"""Curves as inline SVG, and tables: what the report draws, which needs only its style sheet.
 
 Colours and dashes are class names there, so that light, dark and print each have their own.
 """
@@ -108,6 +108,21 @@ def figure(title: str, body: str, *sentences: str, key: Sequence[str] = ()) -> s
 def note(text: str) -> str:
     """A remark of the page."""
     return f'<p class="note">{escape(text)}</p>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_number: int) -> str:
+    """A table of ready HTML cells; columns from first_number on are right-aligned."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = ("" if i < first_number else ' class="number"' for i in range(len(cells)))
+        inner = (f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return (
+        f'<div class="card scroll"><table><thead>{line(head, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tempolora.results.charts import Curve, figure, note, number, scatter
+from tempolora.results.charts import Curve, figure, note, number, scatter, table
 from tempolora.results.measured import METRICS
-from tempolora.results.report import table
 
 READ_TOGETHER = (
     "Intervals: 95 %, bootstrap over videos. Flicker, jerk and warping error are best in a frozen "

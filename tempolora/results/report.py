@@ -5,26 +5,21 @@ before/after videos, the headers of the LoRA files) and nothing else, so it can 
 any time, also of a run that is still going. What is missing is said in the page.
 """
 
-import base64
-import io
-import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import av
-import numpy as np
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from tempolora.config import ConfigError
 from tempolora.files import replacing
-from tempolora.results.charts import note, number
+from tempolora.results.charts import note, number, table
+from tempolora.results.compare_page import comparison
 from tempolora.results.curves import (
     TERMS,
     Metrics,
@@ -37,36 +32,33 @@ from tempolora.results.curves import (
     training_figures,
 )
 from tempolora.results.names import EXPERTS, lora_file_name, video_file_name
+from tempolora.results.side_by_side import VIDEO_CONTROLS, side_by_side
 
 VIDEOS = {"before": "Before: base model", "after": "After: with the LoRA"}
-VIDEO_CONTROLS = (
-    '<p class="controls"><button id="play" type="button">Pause</button></p>'
-    '<p class="caption">Below each video: frames from first to last, then one row of pixels over '
-    "time (time runs down). Still things draw vertical lines, motion slants them, flicker draws "
-    "horizontal bands.</p>"
-)
 FIRST_CAPTION = "the first caption of the data set (output.prompts is empty)"
 MAX_LISTED = 12  # line numbers in a remark
-STRIP_FRAMES, STRIP_WIDTH = 4, 560  # frames in a strip; its width in pixels
 
 
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` and return its path.
 
-    The page refers to the mp4 files beside it and to nothing else. Raises ConfigError if
+    The page refers to the mp4 files beside and below it and to nothing else. Raises ConfigError if
     config.json is missing or unreadable, or metrics.jsonl is missing or holds no step.
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")
     metrics, notes = _read_metrics(folder / "metrics.jsonl")
     heading = f"TempoLoRA: {folder.resolve().name}"
+    compared, videos = comparison(folder), _videos(folder, config)
     page = Template(files("tempolora.results").joinpath("report_page.html").read_text("utf-8"))
     html = page.substitute(
         title=escape(heading),
         heading=escape(heading),
         facts=_facts(config),
         notes="".join(note(text) for text in notes),
-        videos=_videos(folder, config),
+        controls=VIDEO_CONTROLS if "<video " in compared + videos else "",
+        comparison=compared,
+        videos=videos,
         summary=_summary(folder, config, metrics),
         loras=_loras(folder, metrics),
         held_out=held_out_figures(config, metrics),
@@ -185,81 +177,10 @@ def _videos(folder: Path, config: dict[str, Any]) -> str:
             return note("No videos: output.sample_steps is 0.")
         names = " and ".join(pairs[0].values())
         return note(f"No videos: {names} are not in the folder; training writes them.")
-    pairs_shown = "".join(map(_pair, itertools.repeat(folder), pairs, prompts))
-    return (VIDEO_CONTROLS if "<video " in pairs_shown else "") + pairs_shown
-
-
-def _pair(folder: Path, names: dict[str, str], prompt: str) -> str:
-    """One prompt's videos side by side; names: "before" and "after" -> file name."""
-    frames: dict[str, np.ndarray] = {}
-    problems: dict[str, str] = {}
-    for when, name in names.items():
-        if not (folder / name).is_file():
-            problems[when] = f"{name} is not in the folder."
-            continue
-        try:
-            frames[when] = _read_frames(folder / name)
-        except (av.FFmpegError, ValueError) as error:
-            problems[when] = f"{name} cannot be read: {error}"
-    row = _liveliest_row(frames.values())
-    figures = []
-    for when, title in VIDEOS.items():
-        if when in problems:
-            body = note(problems[when])
-        else:
-            body = _video(names[when], title, frames[when], row[len(frames[when][0])])
-        figures.append(f"<figure><h3>{escape(title)}</h3>{body}</figure>")
-    said = f'<p class="prompt"><span class="soft">Prompt:</span> {escape(prompt)}</p>'
-    return f'<div class="card videos">{said}<div class="pair">{"".join(figures)}</div></div>'
-
-
-def _video(name: str, title: str, frames_FHW3: np.ndarray, row: int) -> str:
-    count, height = frames_FHW3.shape[:2]
-    strip = _png(_frame_strip(frames_FHW3))
-    time_slice = _png(frames_FHW3[:, row])
-    return (
-        f'<video src="{name}" muted loop autoplay playsinline preload="auto"></video>'
-        f'<img src="{strip}" alt="{escape(title)}: {STRIP_FRAMES} frames from first to last">'
-        f'<img class="slice" src="{time_slice}" alt="{escape(title)}: row {row} over time">'
-        f"<figcaption>{count} frames; row {row} of {height} over time</figcaption>"
+    return "".join(
+        side_by_side(folder, {title: pair[when] for when, title in VIDEOS.items()}, prompt)
+        for pair, prompt in zip(pairs, prompts)
     )
-
-
-def _read_frames(path: Path) -> np.ndarray:
-    with av.open(path) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    if not frames:
-        raise ValueError("it holds no frames")
-    return np.stack(frames)
-
-
-def _liveliest_row(videos: Iterable[np.ndarray]) -> dict[int, int]:
-    """Per frame height the pixel row that changes most over time.
-
-    Videos of one height share their row, so that their slices can be compared.
-    """
-    change: dict[int, np.ndarray] = {}
-    for frames_FHW3 in videos:
-        by_row = np.zeros(frames_FHW3.shape[1])
-        for before, after in itertools.pairwise(frames_FHW3):
-            by_row += np.abs(after.astype(np.int16) - before).mean(axis=(1, 2))
-        height = len(by_row)
-        change[height] = change.get(height, 0) + by_row / len(frames_FHW3)
-    return {height: int(by_row.argmax()) for height, by_row in change.items()}
-
-
-def _frame_strip(frames_FHW3: np.ndarray) -> np.ndarray:
-    chosen = frames_FHW3[np.linspace(0, len(frames_FHW3) - 1, STRIP_FRAMES).round().astype(int)]
-    height, width = chosen.shape[1:3]
-    small_width = min(width, STRIP_WIDTH // STRIP_FRAMES)
-    size = (small_width, max(1, round(height * small_width / width)))
-    return np.hstack([np.asarray(Image.fromarray(frame).resize(size)) for frame in chosen])
-
-
-def _png(image_HW3: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _summary(folder: Path, config: dict[str, Any], metrics: Metrics) -> str:
@@ -341,18 +262,3 @@ def _bytes(count: int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.4g} GiB"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_number: int) -> str:
-    """A table of ready HTML cells; columns from first_number on are right-aligned."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = ("" if i < first_number else ' class="number"' for i in range(len(cells)))
-        inner = (f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return (
-        f'<div class="card scroll"><table><thead>{line(head, "th")}</thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
