@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, help="sampler steps; output.sample_steps by default")
     sample.add_argument("--out", type=Path, default=Path("sample.mp4"), help="mp4 to write")
+    _add_rhythm_options(sample)
     export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
     export.add_argument("--out", type=Path, help="folder for the file; by default as trained")
@@ -100,6 +101,53 @@ def _parser() -> argparse.ArgumentParser:
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
     return parser
+
+
+def _add_rhythm_options(sample: argparse.ArgumentParser) -> None:
+    rhythm = sample.add_argument_group("rhythm of the video and its sound (docs/sampling.md)")
+    rhythm.add_argument(
+        "--soundtrack",
+        type=Path,
+        metavar="FILE",
+        help="any file with sound: motion is guided to its onsets, and it is heard in the mp4, cut "
+        "to the video's length",
+    )
+    rhythm.add_argument(
+        "--guide-beat",
+        choices=("hit", "rest"),
+        help="what falls on an onset of the soundtrack: motion is fastest (hit, the default), or "
+        "comes to rest, as dancers do and as `tempolora evaluate` counts beats",
+    )
+    rhythm.add_argument(
+        "--guide-hz", type=float, metavar="HZ", help="guide motion towards this frequency, in Hz"
+    )
+    rhythm.add_argument(
+        "--guide-strength",
+        type=float,
+        metavar="SHARE",
+        help="how far guidance pushes the clean estimate in each step, as a share of its own norm, "
+        "above 0 and up to 1; 0.15 by default",
+    )
+    rhythm.add_argument(
+        "--guide-sigma",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels between which guidance works, 0 (clean) to 1 (noise); by default "
+        "0.5 0.95",
+    )
+    rhythm.add_argument(
+        "--readout",
+        type=Path,
+        metavar="FILE",
+        help="readout.safetensors of precompute to guide through; by default that of data.shards, "
+        "or else one is fitted to drawn clips",
+    )
+    rhythm.add_argument(
+        "--click",
+        action="store_true",
+        help="let a click be heard on each beat of the video's own motion, and say its tempo",
+    )
 
 
 def _set_up_logging(all_ranks: bool) -> None:
@@ -219,6 +267,7 @@ def _sample(options: argparse.Namespace) -> None:
     for path in options.lora:
         if not path.exists():
             raise ConfigError(f"--lora: there is no {path}")
+    rhythm = _rhythm(options)
     from tempolora.results.sample import loras_in, sample_from_prompt
     from tempolora.train.world import pick_device
     from tempolora.variants import NEGATIVE_PROMPT
@@ -233,7 +282,28 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         steps=steps,
         device=pick_device(0),
+        rhythm=rhythm,
     )
+
+
+def _rhythm(options: argparse.Namespace):
+    """What the options ask of the video's rhythm and sound; None if nothing."""
+    guided = options.soundtrack is not None or options.guide_hz is not None
+    asked = {
+        "strength": options.guide_strength,
+        "sigma": options.guide_sigma,
+        "readout": options.readout,
+        "beat": options.guide_beat,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and not guided:
+        flag = "--readout" if "readout" in asked else f"--guide-{next(iter(asked))}"
+        raise ConfigError(f"{flag}: nothing is guided; give --soundtrack or --guide-hz as well")
+    if not guided and not options.click:
+        return None
+    from tempolora.results.guide import Rhythm
+
+    return Rhythm(soundtrack=options.soundtrack, hz=options.guide_hz, click=options.click, **asked)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("kernels", "resample", "step")
+NAMES = ("guidance", "kernels", "resample", "step")
 
 
 def main() -> None:

@@ -227,7 +227,7 @@ def read_clip(
     answer.unlink(missing_ok=True)  # an answer of an earlier run must not stand for this one
     kind = type(spec).__name__
     request = {"path": str(path), "workdir": str(workdir), kind: asdict(spec)}
-    said = _run_worker(json.dumps(request), path.name, timeout_s)
+    said = run_worker("tempolora.data.decode", json.dumps(request), path.name, timeout_s)
     try:
         found = json.loads(answer.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -266,10 +266,14 @@ def read_clip(
     )
 
 
-def _run_worker(request: str, name: str, timeout_s: float) -> str:
-    """Run the worker to its end; the last line of its stderr, as an ending for a sentence."""
+def run_worker(module: str, request: str, name: str, timeout_s: float) -> str:
+    """Run `python -m module` with `request` on its stdin, in a process that may crash or hang.
+
+    Returns the last line of its stderr, as an ending for a sentence. Raises DecoderFailed about
+    the file called `name` where it fails or takes longer than `timeout_s` seconds.
+    """
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tempolora.data.decode"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

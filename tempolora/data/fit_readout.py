@@ -36,6 +36,7 @@ PARTS = ".readout"
 PLOT = "readout.png"
 MOST_CLIPS = 64
 FEWEST_CLIPS = 16  # fewer usable ones are topped up with drawn ones
+DRAWN_ALONE = 8  # where there is no data set and only a video is to be guided
 CROP = 64  # latent pixels of height and width that are decoded
 DRAWN_PX = 192  # height and width of drawn clips
 BANK_SAMPLES = 512
@@ -121,6 +122,30 @@ def finish_readout(
     return {name: sha256_of(folder / name) for name in (READOUT, BANK)}
 
 
+def readout_of_vae(cfg: Config, vae: VaeCoder) -> Readout:
+    """A readout of this VAE and length where there may be no shards, for guidance.
+
+    That of data.shards or of the cache; else one fitted to drawn clips alone, and kept in the cache
+    apart, so that no data set is given it.
+    """
+    drawn = _cached(cfg, vae, "-drawn")
+    for path in (Path(cfg.data.shards) / READOUT, _cached(cfg, vae), drawn):
+        if _is_readout(cfg, vae, path):
+            log.info("the readout comes from %s", path)
+            return Readout.from_tensors(read_checked(path)[0])
+    log.info("no readout of this VAE is there yet: fitting one to %d drawn clips", DRAWN_ALONE)
+    readout, ridges = fit(_drawn_parts(cfg, vae, DRAWN_ALONE))
+    facts = {"clips": 0, "drawn": DRAWN_ALONE, "ridge": ridges}
+    facts |= {"format": FORMAT, "vae": vae.fingerprints()["vae"]}
+    _say(cfg, readout, facts)
+    try:
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        write_checked(drawn, readout.tensors(), facts)
+    except OSError as error:
+        log.warning("%s: the readout cannot be kept there (%s)", drawn, error.strerror)
+    return readout
+
+
 def _is_readout(cfg: Config, vae: VaeCoder, path: Path) -> bool:
     """Whether a whole readout of this VAE and length is there."""
     try:
@@ -140,9 +165,9 @@ def _copy(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _cached(cfg: Config, vae: VaeCoder) -> Path:
+def _cached(cfg: Config, vae: VaeCoder, which: str = "") -> Path:
     fingerprint = vae.fingerprints()["vae"][:16]
-    name = f"readout-{fingerprint}-{cfg.data.num_frames}-v{FORMAT}.safetensors"
+    name = f"readout-{fingerprint}-{cfg.data.num_frames}-v{FORMAT}{which}.safetensors"
     return cache_folder() / name
 
 

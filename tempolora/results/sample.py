@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
+from tempolora.data.soundtrack import RATE_HZ
 from tempolora.data.video import write_mp4
 from tempolora.model.memory import free_memory
 from tempolora.model.wan import (
@@ -34,7 +35,9 @@ from tempolora.model.wan import (
     predict_velocity,
 )
 from tempolora.results.export import apply_lora_file, check_lora_file, read_metadata
+from tempolora.results.guide import Rhythm, heard, prepare
 from tempolora.results.names import EXPERTS, lora_file_name
+from tempolora.rhythm.guidance import Guide
 from tempolora.variants import NEGATIVE_PROMPT, Variant
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ def sample_latents(
     steps: int,
     condition_BCTHW: Tensor | None = None,
     first_BC1HW: Tensor | None = None,
+    guide: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """Integrate the flow from noise to normalised latents (B, C, T, H, W), fp32.
 
@@ -78,7 +82,8 @@ def sample_latents(
     load_expert: name -> transformer on the device of the noise. It is called once per expert in
     order of use, after the one before was dropped; it must keep no reference of its own.
     condition_BCTHW: the 20 further input channels of I2V-A14B. first_BC1HW: the clean first
-    latent frame of image to video with the 5B.
+    latent frame of image to video with the 5B. guide: (x0_hat, sigma) -> the x0_hat to go on with,
+    asked in each step, as `tempolora.rhythm.guidance.Guide`.
     """
     device = noise_BCTHW.device
     scheduler = UniPCMultistepScheduler(
@@ -96,7 +101,8 @@ def sample_latents(
         "per_token_time": variant.per_token_time,
     }
     current, expert = None, None
-    for timestep in tqdm(scheduler.timesteps.tolist(), desc="sampling", disable=None):
+    timesteps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
+    for step, timestep in enumerate(tqdm(timesteps, desc="sampling", disable=None)):
         wanted, guidance = expert_at(variant, timestep)
         if wanted != current:
             expert = None
@@ -109,6 +115,9 @@ def sample_latents(
         if guidance > 1:
             unguided = predict_velocity(expert, inputs, sigma_B, negative_BLD, **given).float()
             v_BCTHW = unguided + guidance * (v_BCTHW - unguided)
+        if guide is not None:
+            x0_hat = _with_first(inputs - sigmas[step] * v_BCTHW, first_BC1HW)
+            v_BCTHW = v_BCTHW + (x0_hat - guide(x0_hat, sigmas[step])) / sigmas[step]
         latents = scheduler.step(v_BCTHW, timestep, latents, return_dict=False)[0]
     return _with_first(latents, first_BC1HW)
 
@@ -132,12 +141,17 @@ def sample_video(
     device: torch.device | str,
     condition: Tensor | None = None,
     first_latent: Tensor | None = None,
+    guide: Guide | None = None,
+    soundtrack: np.ndarray | None = None,
+    click: bool = False,
 ) -> Path:
     """Sample one video of the config's size and write it to `out` at the config's frame rate.
 
     text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
     entry the expert is the base model. condition: (C, T, H, W) encoded condition of I2V-A14B;
     first_latent: (C, 1, H, W) clean first latent frame of 5B image to video, both normalised.
+    soundtrack: float (samples, 2) at RATE_HZ, heard from the first frame on. click: a click on each
+    beat of the video's own motion is heard too.
     Raises ConfigError, before anything large is loaded, for a LoRA of an expert that the model does
     not have, one that does not fit it, or an `out` that cannot be written.
     """
@@ -167,13 +181,15 @@ def sample_video(
         if condition is None
         else condition_channels(condition[None]).to(device),
         first_BC1HW=None if first_latent is None else first_latent[None].to(device),
+        guide=guide,
     )
     free_memory(device)
     vae = load_vae(cfg.model, device)
     frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
     del vae
     free_memory(device)
-    write_mp4(out, frames_FHW3, cfg.timebase.fps)
+    sound = heard(frames_FHW3, cfg.timebase.fps, soundtrack, click)
+    write_mp4(out, frames_FHW3, cfg.timebase.fps, *([] if sound is None else [sound, RATE_HZ]))
     logger.info("wrote %s", out)
     return out
 
@@ -190,11 +206,13 @@ def sample_from_prompt(
     seed: int,
     steps: int,
     device: torch.device | str,
+    rhythm: Rhythm | None = None,
 ) -> Path:
     """`sample_video` for words, and for i2v an image file: loads the text encoder itself.
 
-    Raises ConfigError if an image is missing for i2v, given for t2v, or unreadable, beside what
-    `sample_video` raises; all of it before anything large is loaded.
+    rhythm: what the video shall move to and sound like. Raises ConfigError if an image is missing
+    for i2v, given for t2v, or unreadable, and what `sample_video` and `prepare` raise; all of it
+    before anything large is loaded.
     """
     device = torch.device(device)
     if cfg.task == "i2v" and image is None:
@@ -205,6 +223,7 @@ def sample_from_prompt(
         )
     first_frame_HW3 = read_image(image, cfg.data.height, cfg.data.width) if image else None
     _check(cfg, Path(out), loras)
+    moved = {} if rhythm is None else prepare(cfg, rhythm, device)
 
     tokenizer, encoder = load_text(cfg.model, device)
     text_LD, negative_LD = encode_prompts(tokenizer, encoder, [prompt, negative])
@@ -221,6 +240,7 @@ def sample_from_prompt(
         steps=steps,
         device=device,
         **given,
+        **moved,
     )
 
 

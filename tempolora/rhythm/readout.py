@@ -79,13 +79,15 @@ class Readout:
     def luminance(self, latents_BCTHW: Tensor) -> Tensor:
         """Luminance of pixel frames 1.. in 0..1 as read from normalised latents.
 
-        (B, C, T, H, W) -> float32 (B, S, H, W). Differentiable. Raises ValueError as `matrix`.
+        (B, C, T, H, W) -> (B, S, H, W), float64 of float64, else float32. Differentiable. Raises
+        ValueError as `matrix`.
         """
         frames, device = latents_BCTHW.shape[2], latents_BCTHW.device
-        matrix_SCT = self.matrix(frames).to(device, torch.float32)
-        bias_S = self.bias(frames).to(device, torch.float32)
+        dtype = torch.promote_types(latents_BCTHW.dtype, torch.float32)
+        matrix_SCT = self.matrix(frames).to(device, dtype)
+        bias_S = self.bias(frames).to(device, dtype)
         with torch.autocast(device.type, enabled=False):
-            read_BSHW = torch.einsum("sct,bcthw->bshw", matrix_SCT, latents_BCTHW.float())
+            read_BSHW = torch.einsum("sct,bcthw->bshw", matrix_SCT, latents_BCTHW.to(dtype))
             return read_BSHW + bias_S[:, None, None]
 
     def tensors(self) -> dict[str, Tensor]:
