@@ -79,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, help="sampler steps; output.sample_steps by default")
     sample.add_argument("--out", type=Path, default=Path("sample.mp4"), help="mp4 to write")
+    sample.add_argument(
+        "--tempo-lora",
+        type=Path,
+        action="append",
+        default=[],
+        help="tempo LoRA file, or output folder of a run with lora.kind tempo",
+    )
+    sample.add_argument(
+        "--tempo",
+        type=float,
+        metavar="SPEED",
+        help="how fast, with --tempo-lora: 2 is twice the base model's tempo, 0.5 half of it",
+    )
     _add_rhythm_options(sample)
     export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
@@ -264,20 +277,29 @@ def _sample(options: argparse.Namespace) -> None:
     steps = cfg.output.sample_steps if options.steps is None else options.steps
     if steps < 1:
         raise ConfigError("--steps: must be at least 1 (output.sample_steps is the default)")
-    for path in options.lora:
-        if not path.exists():
-            raise ConfigError(f"--lora: there is no {path}")
+    for flag, paths in (("--lora", options.lora), ("--tempo-lora", options.tempo_lora)):
+        for path in paths:
+            if not path.exists():
+                raise ConfigError(f"{flag}: there is no {path}")
+    if bool(options.tempo_lora) != (options.tempo is not None):
+        raise ConfigError("--tempo and --tempo-lora go together: the speed, and what knows of it")
+    if options.tempo is not None and not 0.25 <= options.tempo <= 4:
+        raise ConfigError(f"--tempo: given {options.tempo:g}; allowed: 0.25 to 4")
     rhythm = _rhythm(options)
-    from tempolora.results.sample import loras_in, sample_from_prompt
+    from tempolora.results.sample import Tempo, loras_in, sample_from_prompt
     from tempolora.train.world import pick_device
     from tempolora.variants import NEGATIVE_PROMPT
 
+    experts, tempo = cfg.variant.experts, None
+    if options.tempo_lora:
+        tempo = Tempo(loras_in(options.tempo_lora, experts, "tempo"), options.tempo)
     sample_from_prompt(
         cfg,
         options.out,
         prompt=options.prompt,
         negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
-        loras=loras_in(options.lora, cfg.variant.experts),
+        loras=loras_in(options.lora, experts),
+        tempo=tempo,
         image=options.image,
         seed=options.seed,
         steps=steps,

@@ -12,10 +12,11 @@ from tempolora.config import Config, ConfigError, load_config
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["a14b", "a14b_i2v", "ti2v_5b", "toy"])
+@pytest.mark.parametrize("name", ["a14b", "a14b_i2v", "a14b_tempo", "ti2v_5b", "toy"])
 def test_the_shipped_configs_load(name):
     cfg = load_config(ROOT / "configs" / f"{name}.json")
-    assert cfg.experts == (("single",) if name == "ti2v_5b" else ("high", "low"))
+    some = {"ti2v_5b": ("single",), "a14b_tempo": ("high",)}
+    assert cfg.experts == some.get(name, ("high", "low"))
 
 
 def test_the_shipped_a14b_config_is_what_was_promised():

@@ -18,6 +18,7 @@ from tempolora.model.wan import load_text, load_transformer
 from tempolora.results import sample
 from tempolora.results.names import lora_file_name
 from tempolora.results.sample import (
+    Tempo,
     draw_noise,
     loras_in,
     read_image,
@@ -122,7 +123,7 @@ def ours(cfg: Config, out: Path, **given) -> Path:
 
 
 def write_lora(path: Path, scale: float, **metadata: str) -> Path:
-    """A LoRA on self-attention q and v of both of TinyWan's blocks; scale 0 leaves B at zero."""
+    """A LoRA on self-attention q and v of two of TinyWan's blocks; scale 0 leaves B at zero."""
     generator = torch.Generator().manual_seed(len(path.name))
     width, tensors = 256, {}
     for block in range(2):
@@ -187,6 +188,41 @@ def test_lora_with_zero_b_gives_the_base_video(tmp_path, sampled):
     zero = write_lora(tmp_path / "zero.safetensors", 0.0)
     ours(cfg, tmp_path / "zero.mp4", steps=1, loras={"high": zero})
     assert torch.equal(base, sampled["latents"])
+
+
+def test_a_tempo_adapter_beside_a_rhythm_lora_is_what_diffusers_makes_of_both(tmp_path, sampled):
+    """Strength log2(speed): that of any tool's slider."""
+    rhythm = write_lora(tmp_path / "high_noise.safetensors", 0.3)
+    tempo = write_lora(tmp_path / "tempo_high.safetensors", 0.5, kind="tempo")
+    cfg = config("t2v_a14b")
+    ours(cfg, tmp_path / "a.mp4", loras={"high": rhythm}, tempo=Tempo({"high": tempo}, 0.71))
+    both = sampled["latents"]
+
+    def load(pipe: WanPipeline) -> None:
+        pipe.load_lora_weights(str(rhythm), adapter_name="rhythm")
+        pipe.load_lora_weights(str(tempo), adapter_name="tempo")
+        pipe.set_adapters(["rhythm", "tempo"], [1.0, float(np.log2(0.71))])
+
+    noise_BCTHW = draw_noise((1, *cfg.latent_shape), SEED)
+    expected = reference(WanPipeline, "t2v_a14b", noise_BCTHW, "latent", prepare=load)
+    torch.testing.assert_close(both, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_tempo_1_is_the_video_without_the_adapter_to_the_bit(tmp_path, sampled):
+    tempo = write_lora(tmp_path / "tempo_high.safetensors", 0.5, kind="tempo")
+    latents = {}
+    for speed in (None, 1.0, 2.0):
+        asked = None if speed is None else Tempo({"high": tempo}, speed)
+        ours(config("t2v_a14b"), tmp_path / "a.mp4", steps=2, tempo=asked)
+        latents[speed] = sampled["latents"]
+    assert torch.equal(latents[None], latents[1.0])
+    assert not torch.allclose(latents[None], latents[2.0], atol=1e-3)
+
+
+def test_a_rhythm_lora_is_no_tempo_adapter(tmp_path):
+    rhythm = write_lora(tmp_path / "high.safetensors", 0.5, kind="rhythm")
+    with pytest.raises(ConfigError, match="is a rhythm LoRA; give it with --lora"):
+        ours(config("t2v_a14b"), tmp_path / "a.mp4", tempo=Tempo({"high": rhythm}, 2.0))
 
 
 def test_video_has_the_frames_size_and_rate_of_the_config(tmp_path):

@@ -287,9 +287,14 @@ def _say(cfg: Config, readout: Readout, facts: dict[str, Any]) -> None:
 
 
 def _write_bank(folder: Path, readout: Readout) -> None:
-    """Write rhythm_bank.safetensors, unless it is there and made of these samples."""
+    """Write rhythm_bank.safetensors, unless it is there and made of these samples.
+
+    Clips at another speed than their own say nothing of what is usual, unless there are no others.
+    """
     stored = _stored_samples(folder)
-    chosen = sorted(sorted(stored, key=_hash)[:BANK_SAMPLES])
+    speeds = {key: v for index in read_indexes(folder).values() for key, v in index.speeds.items()}
+    own = [key for key in stored if speeds[key] == 1] or list(stored)
+    chosen = sorted(sorted(own, key=_hash)[:BANK_SAMPLES])
     made_of = [sha256_of(folder / READOUT), *(stored[key].digest for key in chosen)]
     facts = {"format": FORMAT, "made_of": _hash(json.dumps(made_of))}
     try:

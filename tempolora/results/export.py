@@ -78,11 +78,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def apply_lora_file(transformer: nn.Module, path: Path) -> None:
-    """Load a LoRA file for Wan, ours or another's, into a diffusers transformer at strength 1.
+def apply_lora_file(transformer: nn.Module, path: Path, strength: float = 1.0) -> None:
+    """Load a LoRA file for Wan, ours or another's, into a diffusers transformer.
 
-    Raises ConfigError, naming the file, if it cannot be read, is not a LoRA for Wan, or does not
-    fit this model in every tensor; the model is then unchanged.
+    strength: 1 as trained. LoRAs that were loaded before stay, each at its own. Raises ConfigError,
+    naming the file, if it cannot be read, is not a LoRA for Wan, or does not fit this model in
+    every tensor; the model is then unchanged.
     """
     settings = read_metadata(path).get(_DIFFUSERS_METADATA)
     state, lost = _read_fitting(transformer, path)
@@ -92,9 +93,11 @@ def apply_lora_file(transformer: nn.Module, path: Path) -> None:
     transformer.load_lora_adapter(
         state, prefix="transformer", metadata=json.loads(settings) if settings else None
     )
-    if earlier:  # PEFT has switched them off
-        for module in transformer.modules():
-            if isinstance(module, BaseTunerLayer):
+    (added,) = set(transformer.peft_config) - set(earlier)
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale(added, strength)
+            if earlier:  # PEFT has switched them off
                 module.set_adapter(list(transformer.peft_config))
 
 

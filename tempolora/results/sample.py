@@ -6,8 +6,10 @@ encoder, experts and VAE follow each other in memory and never meet there.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,14 @@ from tempolora.variants import NEGATIVE_PROMPT, Variant
 logger = logging.getLogger(__name__)
 
 TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Tempo:
+    """Tempo adapters, expert -> LoRA file, and the speed they are asked for; 1 changes nothing."""
+
+    loras: Mapping[str, Path]
+    speed: float
 
 
 def expert_at(variant: Variant, timestep: int) -> tuple[str, float]:
@@ -136,6 +146,7 @@ def sample_video(
     text_LD: Tensor,
     negative_LD: Tensor,
     loras: Mapping[str, Path],
+    tempo: Tempo | None = None,
     seed: int,
     steps: int,
     device: torch.device | str,
@@ -148,8 +159,9 @@ def sample_video(
     """Sample one video of the config's size and write it to `out` at the config's frame rate.
 
     text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
-    entry the expert is the base model. condition: (C, T, H, W) encoded condition of I2V-A14B;
-    first_latent: (C, 1, H, W) clean first latent frame of 5B image to video, both normalised.
+    entry the expert is the base model. tempo: adapters beside them, and the speed. condition:
+    (C, T, H, W) encoded condition of I2V-A14B; first_latent: (C, 1, H, W) clean first latent frame
+    of 5B image to video, both normalised.
     soundtrack: float (samples, 2) at RATE_HZ, heard from the first frame on. click: a click on each
     beat of the video's own motion is heard too.
     Raises ConfigError, before anything large is loaded, for a LoRA of an expert that the model does
@@ -158,7 +170,7 @@ def sample_video(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     device, variant, out = torch.device(device), cfg.variant, Path(out)
-    _check(cfg, out, loras)
+    _check(cfg, out, loras, tempo)
     needs_first = cfg.task == "i2v" and variant.per_token_time
     needs_condition = cfg.task == "i2v" and not variant.per_token_time
     assert (first_latent is not None) == needs_first, "first_latent goes with 5B i2v alone"
@@ -168,6 +180,8 @@ def sample_video(
         transformer = load_transformer(cfg.model, name, device)
         if name in loras:
             apply_lora_file(transformer, loras[name])
+        if tempo is not None and name in tempo.loras:
+            apply_lora_file(transformer, tempo.loras[name], math.log2(tempo.speed))
         return transformer.eval()
 
     latents_BCTHW = sample_latents(
@@ -202,6 +216,7 @@ def sample_from_prompt(
     prompt: str,
     negative: str = NEGATIVE_PROMPT,
     loras: Mapping[str, Path],
+    tempo: Tempo | None = None,
     image: Path | None = None,
     seed: int,
     steps: int,
@@ -222,7 +237,7 @@ def sample_from_prompt(
             f"--image: {cfg.model.variant} with model.task t2v takes no image; leave it out"
         )
     first_frame_HW3 = read_image(image, cfg.data.height, cfg.data.width) if image else None
-    _check(cfg, Path(out), loras)
+    _check(cfg, Path(out), loras, tempo)
     moved = {} if rhythm is None else prepare(cfg, rhythm, device)
 
     tokenizer, encoder = load_text(cfg.model, device)
@@ -236,6 +251,7 @@ def sample_from_prompt(
         text_LD=text_LD,
         negative_LD=negative_LD,
         loras=loras,
+        tempo=tempo,
         seed=seed,
         steps=steps,
         device=device,
@@ -244,14 +260,19 @@ def sample_from_prompt(
     )
 
 
-def _check(cfg: Config, out: Path, loras: Mapping[str, Path]) -> None:
+def _check(cfg: Config, out: Path, loras: Mapping[str, Path], tempo: Tempo | None = None) -> None:
     """What would else be found after minutes: LoRA files that do not fit, no place for the video.
 
     Makes the folder of `out`.
     """
-    _check_experts(loras, cfg.variant.experts)
-    for expert, path in loras.items():
-        check_lora_file(meta_transformer(cfg.model, expert), path)
+    for files in (loras, tempo.loras if tempo else {}):
+        _check_experts(files, cfg.variant.experts)
+        for expert, path in files.items():
+            check_lora_file(meta_transformer(cfg.model, expert), path)
+    for path in tempo.loras.values() if tempo else ():
+        kind = read_metadata(path).get("kind", "tempo")
+        if kind != "tempo":
+            raise ConfigError(f"--tempo-lora: {path} is a {kind} LoRA; give it with --lora")
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; name the mp4 file")
     try:
