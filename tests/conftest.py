@@ -50,6 +50,8 @@ def held_by_git() -> list[str]:
 
 SMALL = (
     "data.num_frames=17",
+    "lora.target=temporal",
+    "train.batch_size=1",
     "train.max_steps=4",
     "train.checkpoint_every=2",
     "train.keep_checkpoints=5",
