@@ -1,0 +1,73 @@
+"""The knob's study: every way of asking starts from the same noise, and asks for what it says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_study import TINY
+
+from tempolora.config import ConfigError
+from tempolora.model import tinywan
+from tempolora.study import clips, experiment, knob
+from tempolora.study.__main__ import main
+
+
+@pytest.fixture
+def settings(tmp_path):
+    overrides = ("model.id=tinywan", *TINY)
+    return experiment.Settings(tmp_path, torch.device("cpu"), overrides, clips=4, samples=2)
+
+
+def test_a_stretched_axis_puts_frame_t_where_frame_2_t_stood_and_comes_back():
+    expert = tinywan.read_expert(tinywan.expert_file("high"))
+    rope, own = expert.rope, (expert.rope.freqs_cos.clone(), expert.rope.freqs_sin.clone())
+    with knob.stretched([expert], 1.0):
+        torch.testing.assert_close(rope.freqs_cos, own[0])
+        torch.testing.assert_close(rope.freqs_sin, own[1])
+    with knob.stretched([expert], 2.0):
+        for table, was in zip((rope.freqs_cos, rope.freqs_sin), own, strict=True):
+            torch.testing.assert_close(table[:20, : rope.t_dim], was[:40:2, : rope.t_dim])
+            assert torch.equal(table[:, rope.t_dim :], was[:, rope.t_dim :])
+    assert torch.equal(rope.freqs_cos, own[0]) and torch.equal(rope.freqs_sin, own[1])
+
+
+def test_a_clip_at_twice_the_speed_shows_every_other_frame_of_its_own(settings):
+    """Exactly warped: latents of a drawn clip at a speed are those of the frames it should show."""
+    seed = experiment.Seed(settings, 0)
+    made = knob.clips_at_speeds(settings, seed)
+    assert [sample.meta["speed"] for sample in made.samples] == list(knob.SPEEDS)
+    scenes = clips.toy.draw_scenes(
+        1, np.random.default_rng([0, clips.TRAINED_ON, 1]), **clips.NARROW, hz=knob.BASE_HZ
+    )
+    sizes = clips.sizes(seed.cfg)
+    slow = clips.toy.render(scenes, **sizes | {"num_frames": 33})
+    wanted = clips.encode(seed.vae, slow[:, ::2])[0]
+    torch.testing.assert_close(made.samples[-1].latents["latents"], wanted, rtol=0, atol=0.05)
+
+
+def test_each_way_leaves_numbers_for_every_speed_and_is_not_done_again(settings):
+    command = ["knob", "--out", str(settings.out), "--ways", "rope", "time_16/high", "--seeds", "0"]
+    sets = [part for override in TINY for part in ("--set", override)]
+    command += ["--clips", "4", "--samples", "2", "--device", "cpu", *sets]
+    assert main(command) == 0
+    files = sorted(settings.out.glob(f"*/{knob.FOLDER}/*.json"))
+    assert [file.stem for file in files] == ["rope-0", "time_16-high-0"]
+    for file in files:
+        found = json.loads(file.read_text())
+        assert found["asked"] == list(knob.ASKED)
+        assert {len(per_speed) for per_speed in found["metrics"].values()} == {len(knob.ASKED)}
+        at_zero = found["metrics"]["drift_shape"][knob.ASKED.index(0.0)]
+        assert all(drift is None or abs(drift) < 1e-6 for drift in at_zero)
+    # at strength 0 and stretched by 1 both are the base, from the same noise
+    first, second = (json.loads(file.read_text())["metrics"]["amplitude_log2"] for file in files)
+    assert first[2] == second[2] and first[4] != second[4]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert main(command) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in files}
+
+
+@pytest.mark.parametrize("name", ["time_16", "random_16/high", "nothing/high", "time_16/some"])
+def test_a_way_that_there_is_not_is_refused(name):
+    with pytest.raises(ConfigError, match="--ways: there is no"):
+        knob.ways([name])
