@@ -9,7 +9,7 @@ from test_study import TINY
 
 from tempolora.config import ConfigError
 from tempolora.model import tinywan
-from tempolora.study import clips, experiment, knob
+from tempolora.study import clips, experiment, knob, knob_page
 from tempolora.study.__main__ import main
 
 
@@ -71,3 +71,37 @@ def test_each_way_leaves_numbers_for_every_speed_and_is_not_done_again(settings)
 def test_a_way_that_there_is_not_is_refused(name):
     with pytest.raises(ConfigError, match="--ways: there is no"):
         knob.ways([name])
+
+
+def test_slope_fit_and_order_of_a_known_knob(tmp_path):
+    """0.9 octaves an octave with noise; half of the samples move too fast to count."""
+    rng = np.random.default_rng(0)
+    own_N = np.where(np.arange(400) % 2, np.log2(2.0), np.log2(5.0))
+    asked_A = np.array(knob.ASKED)
+    hz_AN = own_N + 0.9 * asked_A[:, None] + 0.02 * rng.standard_normal((5, 400))
+    flat = {name: np.zeros((5, 400)).tolist() for name in knob_page.FLAT}
+    flat["amplitude_log2"][4] = [0.25] * 400
+    (tmp_path / "tinywan" / knob.FOLDER).mkdir(parents=True)
+    for seed in (0, 1):
+        record = {
+            **{"format": 1, "way": "rope", "model": "tinywan", "seed": seed},
+            **{"asked": list(knob.ASKED), "metrics": {"hz_log2": hz_AN.tolist(), **flat}},
+        }
+        path = tmp_path / "tinywan" / knob.FOLDER / f"rope-{seed}.json"
+        path.write_text(json.dumps(record))
+    asked, gap_AN = knob_page.octaves(record)
+    slope_N, r2, rank = knob_page.fit(asked, gap_AN)
+    assert gap_AN.shape == (5, 200)
+    assert abs(slope_N.mean() - np.polyfit(asked, gap_AN.mean(1), 1)[0]) < 1e-9
+    assert abs(slope_N.mean() - 0.9) < 0.01 and r2 > 0.999 and rank > 0.95
+    *_, row, _ = knob_page.knob_section(tmp_path)
+    assert row.startswith(
+        "| `tinywan: rope` | 2 x 200 | +0.90 [+0.90, +0.90] | 1.000 | 0.98, 0.98 |"
+    )
+    assert "| +0.250 | +0.000 |" in row
+    assert knob_page.knob_section(tmp_path / "tinywan") == []
+
+
+def test_a_knob_that_does_nothing_fits_nothing():
+    slope_N, r2, rank = knob_page.fit(np.array(knob.ASKED), np.zeros((5, 7)))
+    assert (slope_N == 0).all() and r2 == 0 and rank == 0

@@ -12,6 +12,7 @@ from tempolora.study import compare
 from tempolora.study.arms import BASE, DATA, PRIMARY, REST, arm
 from tempolora.study.compare import REFERENCE, Figure, Runs
 from tempolora.study.experiment import read_records, record_path
+from tempolora.study.knob_page import knob_section
 from tempolora.study.pictures import draw_scatter, draw_spectra, write_gif
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -79,6 +80,7 @@ def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
         clips = record_path(out, model, arm(of), seed, ".clips.safetensors")
         write_gif(clips, docs / f"{name}.gif")
     parts.append(_pictures(names, seed))
+    parts.append("\n".join(knob_section(out)))
     results = "\n".join(parts)
     with replacing(page) as temporary:
         temporary.write_text(f"{head}{BEGIN}\n\n{results}\n{END}{tail}", "utf-8")
