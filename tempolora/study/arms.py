@@ -73,6 +73,7 @@ LOSSES = {
     "rollout": Loss(("rhythm.rollout_every=4", "rhythm.rollout_weight=0.2")),
     "anchor": Loss((ANCHOR,)),
     "absolute_05_anchor": _spectral(0.5, ABSOLUTE, ANCHOR),
+    "absolute_07_anchor": _spectral(0.7, ABSOLUTE, ANCHOR),
     "absolute_1_anchor": _spectral(1.0, ABSOLUTE, ANCHOR),
     "neighbour_frame": Loss(extra="neighbour_frame"),
     "frame_difference": Loss(extra="frame_difference"),
@@ -98,7 +99,7 @@ SETTINGS = (
 """Laid over the product's defaults, in all arms."""
 
 DATA = ("clean", "flickering", "decoded", "decoded_flickering")
-BASE, PLAIN, OURS = "base", "all_linear/flow", "all_linear/absolute_05_anchor"
+BASE, PLAIN, OURS = "base", "all_linear/flow", "all_linear/absolute_1_anchor"
 FILTERED = {"lowpass_base": BASE, "lowpass_plain": PLAIN}
 PRIMARY = (
     *DATA,
@@ -108,6 +109,7 @@ PRIMARY = (
     "all_linear/absolute_05",
     "all_linear/anchor",
     OURS,
+    "all_linear/absolute_05_anchor",
     "time_16/flow",
     "time_16/anchor",
     "time_16/rhythm",
