@@ -24,7 +24,7 @@ from tempolora.model.encoders import WanEncoders
 from tempolora.results.guide import Rhythm
 from tempolora.results.sample import draw_noise, sample_latents
 from tempolora.rhythm import metrics
-from tempolora.rhythm.guidance import Guide, Score, at_frequency, change_times, on_beat
+from tempolora.rhythm.guidance import Guide, at_frequency, change_times, each, on_beat
 from tempolora.variants import NEGATIVE_PROMPT
 
 CLIPS = 16
@@ -52,13 +52,6 @@ def main(arguments: Sequence[str]) -> None:
     bench = Bench(options.seed, options.steps)
     measure = bench.soundtracks if options.what == "soundtrack" else bench.frequencies
     print("\n".join(["", *measure(options.strength, tuple(options.sigma))]), file=sys.stdout)
-
-
-def each(scores: list[Score]) -> Score:
-    """One score per sample of a batch."""
-    return lambda luma_BSHW: torch.cat(
-        [score(luma[None]) for score, luma in zip(scores, luma_BSHW, strict=True)]
-    )
 
 
 class Bench:
@@ -105,7 +98,7 @@ class Bench:
         def row(name: str, luma: Tensor) -> str:
             curves = metrics.motion_curve(luma).double().numpy()
             cells = [name]
-            for find in (fastest, metrics.motion_beats):
+            for find in (metrics.fastest, metrics.motion_beats):
                 beats = [find(curve, fps) for curve in curves]
                 matches = [metrics.beat_match(b, o, duration_s) for b, o in zip(beats, onsets)]
                 halves = [metrics.beat_match(b, o, duration_s) for b, o in zip(beats, late)]
@@ -169,11 +162,6 @@ class Bench:
         return [f"{(a - b).mean():+.2f}" for a, b in pairs] + [
             f"{metrics.flicker(luma).mean():.1f}"
         ]
-
-
-def fastest(curve_G: np.ndarray, fps: float) -> np.ndarray:
-    """Times in s at which motion is fastest."""
-    return metrics.peak_times(curve_G, fps, 0.5 / fps)
 
 
 def log_uniform(rng: np.random.Generator, hz: tuple[float, float]) -> np.ndarray:

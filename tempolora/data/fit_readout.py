@@ -125,14 +125,19 @@ def finish_readout(
 def readout_of_vae(cfg: Config, vae: VaeCoder) -> Readout:
     """A readout of this VAE and length where there may be no shards, for guidance.
 
-    That of data.shards or of the cache; else one fitted to drawn clips alone, and kept in the cache
-    apart, so that no data set is given it.
+    That of data.shards or of the cache; else `drawn_readout`.
     """
-    drawn = _cached(cfg, vae, "-drawn")
-    for path in (Path(cfg.data.shards) / READOUT, _cached(cfg, vae), drawn):
+    for path in (Path(cfg.data.shards) / READOUT, _cached(cfg, vae)):
         if _is_readout(cfg, vae, path):
-            log.info("the readout comes from %s", path)
-            return Readout.from_tensors(read_checked(path)[0])
+            return _read(path)
+    return drawn_readout(cfg, vae)
+
+
+def drawn_readout(cfg: Config, vae: VaeCoder) -> Readout:
+    """One fitted to drawn clips alone, and kept in the cache apart: no data set is given it."""
+    drawn = _cached(cfg, vae, "-drawn")
+    if _is_readout(cfg, vae, drawn):
+        return _read(drawn)
     log.info("no readout of this VAE is there yet: fitting one to %d drawn clips", DRAWN_ALONE)
     readout, ridges = fit(_drawn_parts(cfg, vae, DRAWN_ALONE))
     facts = {"clips": 0, "drawn": DRAWN_ALONE, "ridge": ridges}
@@ -144,6 +149,11 @@ def readout_of_vae(cfg: Config, vae: VaeCoder) -> Readout:
     except OSError as error:
         log.warning("%s: the readout cannot be kept there (%s)", drawn, error.strerror)
     return readout
+
+
+def _read(path: Path) -> Readout:
+    log.info("the readout comes from %s", path)
+    return Readout.from_tensors(read_checked(path)[0])
 
 
 def _is_readout(cfg: Config, vae: VaeCoder, path: Path) -> bool:

@@ -11,7 +11,7 @@ and width, G = S - 1 changes from sample to sample.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,13 @@ def at_frequency(samples: int, fps: float, hz: float) -> Score:
         return power_B / (total_B + TINY)
 
     return score
+
+
+def each(scores: Sequence[Score]) -> Score:
+    """One score per sample of a batch, in its order."""
+    return lambda luma_BSHW: torch.cat(
+        [score(luma[None]) for score, luma in zip(scores, luma_BSHW, strict=True)]
+    )
 
 
 def score_and_gradient(

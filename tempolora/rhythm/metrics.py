@@ -368,6 +368,11 @@ def peak_times(curve_S: np.ndarray, rate_hz: float, start_s: float) -> np.ndarra
     return start_s + (peaks + np.clip((left - right) / bend / 2, -0.5, 0.5)) / rate_hz
 
 
+def fastest(curve_G: np.ndarray, fps: float) -> np.ndarray:
+    """Times in s at which motion is fastest, from `motion_curve` of one clip."""
+    return peak_times(curve_G, fps, 0.5 / fps)
+
+
 def motion_beats(curve_G: np.ndarray, fps: float) -> np.ndarray:
     """Times in s at which motion comes to rest, from `motion_curve` of one clip.
 

@@ -1,4 +1,4 @@
-"""`python -m tempolora.study run`, `page` and `arms`: the study behind docs/evidence.md.
+"""`python -m tempolora.study run`, `knob`, `sound`, `page`, `arms`: the study of docs/evidence.md.
 
 `run` measures what is not there yet and may be called again and again, on several GPUs at once by
 --slot; `page` makes tables, figures and gifs of it; `arms` prints what there is to compare.
@@ -13,7 +13,7 @@ import torch
 
 from tempolora.config import ConfigError
 from tempolora.model import wan
-from tempolora.study import knob
+from tempolora.study import knob, sound
 from tempolora.study.arms import OURS, PLAIN, PRIMARY, TARGETS, arm, arms, parameters_per_rank
 from tempolora.study.experiment import Settings, run, settings_ranks
 from tempolora.study.page import write_page
@@ -45,14 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run_.add_argument("--device", type=torch.device, default=device)
     _model_options(run_)
-    knob_ = _subcommand(commands, "knob", _knob)
-    knob_.add_argument("--out", type=Path, required=True, help="folder of results")
-    knob_.add_argument("--ways", nargs="+", default=["words", "rope", "time_44/high"])
-    knob_.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    knob_.add_argument("--clips", type=int, default=64, help="to train on, all speeds together")
-    knob_.add_argument("--samples", type=int, default=256, help="of each way and seed")
-    knob_.add_argument("--device", type=torch.device, default=device)
-    _model_options(knob_)
+    for name, command, ways, samples, clips in (
+        ("knob", _knob, ["words", "rope", "time_44/high"], 256, "to train on, all speeds together"),
+        ("sound", _sound, [*sound.WAYS], 64, "to train on"),
+    ):
+        sub = _subcommand(commands, name, command)
+        sub.add_argument("--out", type=Path, required=True, help="folder of results")
+        sub.add_argument("--ways", nargs="+", default=ways)
+        sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        sub.add_argument("--clips", type=int, default=64, help=clips)
+        sub.add_argument("--samples", type=int, default=samples, help="of each way and seed")
+        sub.add_argument("--device", type=torch.device, default=device)
+        _model_options(sub)
     page = _subcommand(commands, "page", _page)
     page.add_argument("--out", type=Path, required=True, help="folder of results")
     page.add_argument("--docs", type=Path, default=Path("docs"))
@@ -84,32 +88,34 @@ def _overrides(options: argparse.Namespace) -> tuple[str, ...]:
     return (f"model.id={options.model}", *options.overrides)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _settings(options: argparse.Namespace, ours: str = OURS) -> Settings:
+    """Raises ConfigError for what cannot be measured."""
     for name in ("clips", "samples"):
         if getattr(options, name) < 2:
             raise ConfigError(f"--{name}: must be at least 2")
     if min(options.seeds) < 0:
         raise ConfigError("--seeds: must not be below 0")
-    arm(options.ours)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    settings = Settings(
-        options.out,
-        options.device,
-        _overrides(options),
-        options.clips,
-        options.samples,
-        options.ours,
+    return Settings(
+        options.out, options.device, _overrides(options), options.clips, options.samples, ours
     )
+
+
+def _run(options: argparse.Namespace) -> None:
+    arm(options.ours)
+    settings = _settings(options, options.ours)
     count = run(settings, arms(options.arms), options.seeds, options.minutes, options.slot)
     logging.info("%d measured", count)
 
 
 def _knob(options: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")
-    settings = Settings(
-        options.out, options.device, _overrides(options), options.clips, options.samples
-    )
-    logging.info("%d measured", knob.run(settings, knob.ways(options.ways), options.seeds))
+    count = knob.run(_settings(options), knob.ways(options.ways), options.seeds)
+    logging.info("%d measured", count)
+
+
+def _sound(options: argparse.Namespace) -> None:
+    count = sound.run(_settings(options), sound.ways(options.ways), options.seeds)
+    logging.info("%d measured", count)
 
 
 def _page(options: argparse.Namespace) -> None:

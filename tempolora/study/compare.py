@@ -16,6 +16,7 @@ from tempolora.study.arms import FILTERED
 
 REFERENCE = "decoded"  # clean clips through the VAE
 STRIDE_KINDS = ("walk", "pan")
+LEAST_SEEDS = 3
 HALF, ALIKE_POWER, ALIKE_MOTION, ALIKE_TEMPO, LEAST_SLOPE = 0.5, 1.10, 1.05, 1.10, 0.1
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 """arm -> (model, seed) -> record"""
@@ -51,6 +52,14 @@ class Finding:
     condition: str
     figure: Figure | None
     holds: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """holds, fails or not measured; and where there are too few seeds to believe it."""
+        said = {True: "holds", False: "fails", None: "not measured"}[self.holds]
+        if self.figure and self.figure.seeds < LEAST_SEEDS:
+            said += f", but on {self.figure.seeds} of {LEAST_SEEDS} seeds"
+        return said
 
 
 def by_arm(records: Collection[dict[str, Any]]) -> Runs:
@@ -110,6 +119,15 @@ def slopes(runs: Runs, arm: str) -> np.ndarray | None:
 def figure(values_SN: np.ndarray) -> Figure:
     """The two-level bootstrap interval of paired values."""
     return Figure(*bootstrap_interval(values_SN), *values_SN.shape)
+
+
+def cell(found: Figure | None) -> str:
+    """Mean and interval as a table has them; empty where nothing was measured."""
+    if found is None:
+        return ""
+    digits = 3 if abs(found.mean) < 1 else 2
+    mean, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def findings(runs: Runs, plain: str, ours: str) -> list[Finding]:

@@ -79,8 +79,12 @@ class Seed:
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor]:
-        """Padded embeddings of the captions and of the negative prompt."""
-        prompts = [*clips.said(self.scenes), NEGATIVE_PROMPT]
+        """`embedded` captions, as the study says them."""
+        return self.embedded(clips.said(self.scenes))
+
+    def embedded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Padded embeddings of captions, and of the negative prompt as often."""
+        prompts = [*captions, NEGATIVE_PROMPT]
         *said, negative = wan.encode_prompts(*self.text_parts, prompts)
         many = wan.pad_text(said), wan.pad_text([negative]).expand(len(said), -1, -1)
         return tuple(part.to(self.device) for part in many)
@@ -205,10 +209,10 @@ def run_arm(settings: Settings, of: Arm, shared: Seed) -> dict[str, Any]:
             "hz": scenes.hz_N.tolist(),
             "caption": clips.said(scenes),
         },
-        "metrics": {name: _numbers(value_N) for name, value_N in values.items()},
+        "metrics": {name: numbers(value_N) for name, value_N in values.items()},
         "spectrum": {
             "hz": list(cfg.timebase.bins_hz),
-            "log2": _numbers(power_NK.clamp(min=1e-12).log2().mean(0)),
+            "log2": numbers(power_NK.clamp(min=1e-12).log2().mean(0)),
         },
     }
 
@@ -259,14 +263,7 @@ def _is_due(settings: Settings, of: Arm, seed: int) -> bool:
     """Whether this is still to be measured and what it needs is there."""
     path = settings.path(of, seed)
     if path.is_file():
-        stored = json.loads(path.read_text("utf-8")).get("config", {})
-        now = _settings_of(settings, of, seed)
-        for section in now:
-            if stored.get(section) != now[section]:
-                raise ConfigError(
-                    f"--out: {path} was measured with other settings ({section}); name another "
-                    "folder, or move that file away"
-                )
+        refuse_other_settings(path, _settings_of(settings, of, seed))
         return False
     if of.name in FILTERED:
         needs = [settings.ours] + [FILTERED[of.name]] * (FILTERED[of.name] != BASE)
@@ -275,6 +272,17 @@ def _is_due(settings: Settings, of: Arm, seed: int) -> bool:
             log.info("%s, seed %d: waits for %s", of.name, seed, " and ".join(missing))
             return False
     return True
+
+
+def refuse_other_settings(path: Path, now: dict[str, Any]) -> None:
+    """Raise ConfigError where a record was measured with others than these, section by section."""
+    stored = json.loads(path.read_text("utf-8")).get("config", {})
+    for section in now:
+        if stored.get(section) != now[section]:
+            raise ConfigError(
+                f"--out: {path} was measured with other settings ({section}); name another "
+                "folder, or move that file away"
+            )
 
 
 def _tuned(
@@ -329,9 +337,9 @@ def _knob(shared: Seed, experts: dict[str, nn.Module], at_one_N: Tensor) -> dict
             continue
         shown = shared.sample(experts, strength) if strength else shared.base[0]
         found.append(measure.log2_hz(shown, fps)[0])
-    return {"strength": list(STRENGTHS), "hz_log2": [_numbers(value_N) for value_N in found]}
+    return {"strength": list(STRENGTHS), "hz_log2": [numbers(value_N) for value_N in found]}
 
 
-def _numbers(values: Tensor) -> list[float | None]:
+def numbers(values: Tensor) -> list[float | None]:
     """As JSON has them: six digits, and null for what is not a number."""
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]

@@ -22,9 +22,8 @@ from tempolora.files import write_json
 from tempolora.model import wan
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import TARGETS, Arm, Loss, arm_config
-from tempolora.study.experiment import Seed, Settings, settings_ranks
+from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks
 from tempolora.study.finetune import finetune, training_batches
-from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
         "asked": list(asked),
         **facts,
         "kind": shared.scenes.kinds,
-        "metrics": {name: [_listed(value[name]) for value in values] for name in KEPT},
+        "metrics": {name: [numbers(value[name]) for value in values] for name in KEPT},
     }
 
 
@@ -173,10 +172,7 @@ def _sample(
     captions: list[str] | None = None,
     strength: float | None = None,
 ) -> Tensor:
-    prompts = [*(captions or toy.captions(shared.scenes)), NEGATIVE_PROMPT]
-    *said, negative = wan.encode_prompts(*shared.text_parts, prompts)
-    text = wan.pad_text(said), wan.pad_text([negative]).expand(len(said), -1, -1)
-    text = tuple(part.to(shared.device) for part in text)
+    text = shared.embedded(captions or toy.captions(shared.scenes))
     return videos.sample(shared.cfg, experts, shared.vae, shared.noise, text, strength)
 
 
@@ -198,7 +194,3 @@ def stretched(experts: list[nn.Module], factor: float) -> Iterator[None]:
     finally:
         for expert, (cos, sin) in zip(experts, before, strict=True):
             expert.rope.freqs_cos, expert.rope.freqs_sin = cos, sin
-
-
-def _listed(value_N: Tensor) -> list[float | None]:
-    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in value_N.tolist()]

@@ -130,6 +130,12 @@ def amplitude_log2(videos_NFHW3: Tensor, timebase: TimeBase) -> Tensor:
     return torch.cat(found)
 
 
+def motion_curves(videos_NFHW3: Tensor) -> Tensor:
+    """metrics.motion_curve of each, (N, G), on the CPU."""
+    chunks = videos_NFHW3.split(TOGETHER)
+    return torch.cat([metrics.motion_curve(_luma(_rgb(some))).cpu() for some in chunks])
+
+
 def warping_error(asked: Asked, videos_NFHW3: Tensor, sizes: dict[str, float]) -> Tensor:
     """metrics.warping_error with the scenes' true flow, for videos that show just these, (N,)."""
     found = []

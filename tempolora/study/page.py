@@ -10,14 +10,14 @@ from tempolora.config import ConfigError
 from tempolora.files import replacing
 from tempolora.study import compare
 from tempolora.study.arms import BASE, DATA, PRIMARY, REST, arm
-from tempolora.study.compare import REFERENCE, Figure, Runs
+from tempolora.study.compare import REFERENCE, Runs, cell
 from tempolora.study.experiment import read_records, record_path
 from tempolora.study.knob_page import knob_section
 from tempolora.study.pictures import draw_scatter, draw_spectra, write_gif
+from tempolora.study.sound_page import sound_section
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 CONFIRMATION = (10, 11, 12)  # seeds; all others are for development
-LEAST_SEEDS = 3
 EXCESS = {
     "jitter_log2": "above 6 Hz",
     "face_jitter_log2": "faces",
@@ -80,7 +80,7 @@ def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
         clips = record_path(out, model, arm(of), seed, ".clips.safetensors")
         write_gif(clips, docs / f"{name}.gif")
     parts.append(_pictures(names, seed))
-    parts.append("\n".join(knob_section(out)))
+    parts += ["\n".join(section(out)) for section in (knob_section, sound_section)]
     results = "\n".join(parts)
     with replacing(page) as temporary:
         temporary.write_text(f"{head}{BEGIN}\n\n{results}\n{END}{tail}", "utf-8")
@@ -130,14 +130,12 @@ def _about(runs: Runs) -> list[str]:
 
 
 def _claims(runs: Runs, plain: str, ours: str) -> list[str]:
-    verdicts = {True: "holds", False: "fails", None: "not measured"}
     lines = [f"Plain is `{plain}`, ours `{ours}`.", ""]
     lines += ["| claim | condition | figure | verdict |", "| --- | --- | --- | --- |"]
     for found in compare.findings(runs, plain, ours):
-        cell, verdict = _cell(found.figure), verdicts[found.holds]
-        if found.figure and found.figure.seeds < LEAST_SEEDS:
-            verdict += f", but on {found.figure.seeds} of {LEAST_SEEDS} seeds"
-        lines.append(f"| {found.claim} | {found.condition} | {cell} | {verdict} |")
+        lines.append(
+            f"| {found.claim} | {found.condition} | {cell(found.figure)} | {found.verdict} |"
+        )
     return lines
 
 
@@ -167,7 +165,7 @@ def _table(
         if name == less:
             continue
         cells = [
-            _cell(
+            cell(
                 compare.combine(
                     runs,
                     weights,
@@ -187,7 +185,7 @@ def _knobs(runs: Runs, order: list[str]) -> list[str]:
         values_SN = compare.slopes(runs, name)
         if values_SN is not None:
             each = ", ".join(f"{mean:+.3f}" for mean in values_SN.mean(axis=1))
-            lines.append(f"| `{name}` | {_cell(compare.figure(values_SN))} | {each} |")
+            lines.append(f"| `{name}` | {cell(compare.figure(values_SN))} | {each} |")
     return lines
 
 
@@ -210,11 +208,3 @@ def _pictures(names: dict[str, str], seed: int) -> str:
             "",
         ]
     )
-
-
-def _cell(found: Figure | None) -> str:
-    if found is None:
-        return ""
-    digits = 3 if abs(found.mean) < 1 else 2
-    mean, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tempolora.config import Config
 from tempolora.model.lora import set_lora_scale
 from tempolora.results.sample import sample_latents
+from tempolora.rhythm.guidance import Guide
 from tempolora.study.clips import decode
 
 HALVINGS = 20
@@ -24,16 +25,18 @@ def sample(
     noise_NCTHW: Tensor,
     text: tuple[Tensor, Tensor],
     strength: float | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Videos with Wan's sampler and guidance, uint8 (N, F, H, W, 3), on the noise's device.
 
     text: of the captions and of the negative prompt, padded. strength: of the adapters, where
-    there are any.
+    there are any. guide: what pushes the clean estimate in each step.
     """
     for expert in experts.values() if strength is not None else ():
         set_lora_scale(expert, strength)
     steps = cfg.output.sample_steps
-    latents = sample_latents(experts.__getitem__, cfg.variant, noise_NCTHW, *text, steps=steps)
+    given = experts.__getitem__, cfg.variant, noise_NCTHW, *text
+    latents = sample_latents(*given, steps=steps, guide=guide)
     return decode(vae, latents)
 
 
