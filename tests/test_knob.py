@@ -8,7 +8,7 @@ import torch
 from test_study import TINY
 
 from tempolora.config import ConfigError
-from tempolora.model import tinywan
+from tempolora.model import tinywan, wan
 from tempolora.study import clips, experiment, knob, knob_page
 from tempolora.study.__main__ import main
 
@@ -38,7 +38,7 @@ def test_a_clip_at_twice_the_speed_shows_every_other_frame_of_its_own(settings):
     made = knob.clips_at_speeds(settings, seed)
     assert [sample.meta["speed"] for sample in made.samples] == list(knob.SPEEDS)
     scenes = clips.toy.draw_scenes(
-        1, np.random.default_rng([0, clips.TRAINED_ON, 1]), **clips.NARROW, hz=knob.BASE_HZ
+        1, np.random.default_rng([0, clips.TRAINED_ON, 1]), **knob.LOOKS, hz=knob.TRAINED_HZ
     )
     sizes = clips.sizes(seed.cfg)
     slow = clips.toy.render(scenes, **sizes | {"num_frames": 33})
@@ -65,6 +65,26 @@ def test_each_way_leaves_numbers_for_every_speed_and_is_not_done_again(settings)
     before = {file: file.stat().st_mtime_ns for file in files}
     assert main(command) == 0
     assert before == {file: file.stat().st_mtime_ns for file in files}
+
+
+def test_beside_our_adapters_the_weights_are_those_with_them_merged(settings):
+    """Against the adapters left in place, at full strength."""
+    seed = experiment.Seed(settings, 0)
+    ours = experiment.arm(settings.ours)
+    with pytest.raises(ConfigError, match="needs .*absolute_1_anchor"):
+        knob.run(settings, knob.ways(["rope+ours"]), [0])
+    experiment.run(settings, [ours], [0], 9, "0/1")
+    tuned = experiment.stored_experts(settings, ours, seed)
+    for expert in tuned.values():  # two steps move little; so that merging shows
+        for weight in knob.lora.lora_parameters(expert).values():
+            weight.data.add_(0.05)
+    experts = {name: wan.load_transformer(seed.cfg.model, name, "cpu") for name in tuned}
+    base = seed.sample(experts)
+    knob.add_deltas(experts, tuned)
+    merged, beside = seed.sample(experts), seed.sample(tuned, 1.0)
+    assert (merged.float() - beside.float()).abs().max() <= 1  # levels, by rounding
+    assert (merged.float() - base.float()).abs().max() > 20
+    assert knob.run(settings, knob.ways(["rope+ours"]), [0]) == 1
 
 
 @pytest.mark.parametrize("name", ["time_16", "random_16/high", "nothing/high", "time_16/some"])

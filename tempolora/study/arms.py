@@ -100,7 +100,14 @@ SETTINGS = (
 
 DATA = ("clean", "flickering", "decoded", "decoded_flickering")
 BASE, PLAIN, OURS = "base", "all_linear/flow", "all_linear/absolute_1_anchor"
-FILTERED = {"lowpass_base": BASE, "lowpass_plain": PLAIN}
+FILTERED = {
+    "lowpass_base": (BASE, "amplitude_log2"),
+    "lowpass_plain": (PLAIN, "amplitude_log2"),
+    "calm_base": (BASE, "jitter_log2"),
+    "calm_plain": (PLAIN, "jitter_log2"),
+}
+"""What is filtered in time, and which measure comes down to that of ours: as much motion is left in
+the first two, as much power above 6 Hz in the others."""
 PRIMARY = (
     *DATA,
     BASE,

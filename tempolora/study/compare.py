@@ -149,8 +149,9 @@ def _flicker(runs: Runs, plain: str, ours: str) -> list[Finding]:
     ):
         gap = combine(runs, {ours: 1, plain: -1}, metric)
         found.append(_finding("flicker", name, gap, gap and gap.within(math.log2(alike))))
-    for name in FILTERED:
-        found += _nearer(runs, "flicker, against a filter", "jitter_log2", ours, name)
+    for name, (_, measure) in FILTERED.items():
+        other = "amplitude_log2" if measure == "jitter_log2" else "jitter_log2"
+        found += _nearer(runs, "flicker, against a filter", other, ours, name)
     for metric in ("band_log2", "amplitude_log2"):
         found += _nearer(runs, "flicker, amended", metric, ours, plain)
     return found

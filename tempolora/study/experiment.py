@@ -266,7 +266,8 @@ def _is_due(settings: Settings, of: Arm, seed: int) -> bool:
         refuse_other_settings(path, _settings_of(settings, of, seed))
         return False
     if of.name in FILTERED:
-        needs = [settings.ours] + [FILTERED[of.name]] * (FILTERED[of.name] != BASE)
+        source = FILTERED[of.name][0]
+        needs = [settings.ours] + [source] * (source != BASE)
         missing = [n for n in needs if not settings.path(arm(n), seed).is_file()]
         if missing:
             log.info("%s, seed %d: waits for %s", of.name, seed, " and ".join(missing))
@@ -304,27 +305,32 @@ def _tuned(
 
 
 def _filtered(settings: Settings, of: Arm, shared: Seed, facts: dict[str, Any]) -> Tensor:
-    """The base's or plain's videos, smoothed in time until they move as much as ours."""
-    source = arm(FILTERED[of.name])
+    """The base's or plain's videos, smoothed in time until they move or flicker as ours do."""
+    name, measured = FILTERED[of.name]
     shown = shared.base[0]
-    if source.is_tuned:
-        cfg = _config(settings, source, shared.seed)
-        adapters = load_file(settings.path(source, shared.seed, ".safetensors"))
-        experts = {name: with_adapters(cfg, source, name, shared.device) for name in cfg.experts}
-        for name, expert in experts.items():
-            own = {k.removeprefix(f"{name}."): w for k, w in adapters.items() if k.startswith(name)}
-            lora.load_lora_state(expert, own)
-        shown = shared.sample(experts, 1.0)
+    if name != BASE:
+        shown = shared.sample(stored_experts(settings, arm(name), shared), 1.0)
     ours = settings.path(arm(settings.ours), shared.seed)
-    moved = json.loads(ours.read_text("utf-8"))["metrics"]["amplitude_log2"]
+    wanted = json.loads(ours.read_text("utf-8"))["metrics"][measured]
 
-    def motion_of(width_frames: float) -> float:
+    def left_at(width_frames: float) -> float:
         smooth = videos.lowpass(shown, width_frames)
-        return measure.amplitude_log2(smooth, shared.cfg.timebase).mean().item()
+        return measure.log2_power(smooth, shared.cfg.timebase)[measured].mean().item()
 
-    width = videos.width_that_leaves(motion_of, sum(moved) / len(moved))
-    facts["filter"] = {"width_frames": width, "moves_as": settings.ours}
+    width = videos.width_that_leaves(left_at, sum(wanted) / len(wanted))
+    facts["filter"] = {"width_frames": width, measured: "as " + settings.ours}
     return videos.lowpass(shown, width)
+
+
+def stored_experts(settings: Settings, of: Arm, shared: Seed) -> dict[str, nn.Module]:
+    """Both experts with the adapters that this arm has left."""
+    cfg = _config(settings, of, shared.seed)
+    adapters = load_file(settings.path(of, shared.seed, ".safetensors"))
+    experts = {name: with_adapters(cfg, of, name, shared.device) for name in cfg.experts}
+    for name, expert in experts.items():
+        own = {k.removeprefix(f"{name}."): w for k, w in adapters.items() if k.startswith(name)}
+        lora.load_lora_state(expert, own)
+    return experts
 
 
 def _knob(shared: Seed, experts: dict[str, nn.Module], at_one_N: Tensor) -> dict[str, Any]:

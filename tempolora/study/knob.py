@@ -19,17 +19,20 @@ from tempolora.config import ConfigError
 from tempolora.data import toy
 from tempolora.data.shards import Sample
 from tempolora.files import write_json
-from tempolora.model import wan
+from tempolora.model import lora, wan
 from tempolora.study import clips, measure, videos
-from tempolora.study.arms import TARGETS, Arm, Loss, arm_config
-from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks
+from tempolora.study.arms import TARGETS, Arm, Loss, arm, arm_config
+from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks, stored_experts
 from tempolora.study.finetune import finetune, training_batches
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "knob"
-BASE_HZ = (1.0, 3.0)  # of the clips trained on, and of the samples that are judged
+BASE_HZ = (1.0, 3.0)  # of the samples that are judged
+TRAINED_HZ = (0.75, 4.0)  # of the clips trained on: at twice the speed no more than 8 Hz
+LOOKS = {key: value for key, value in clips.NARROW.items() if key != "kinds"}
+BESIDE = "+ours"
 SPEEDS = (0.5, 0.71, 1.41, 2.0)
 ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log2 of the speed
 THETA = 10_000.0  # of Wan's RoPE
@@ -54,21 +57,28 @@ class Way:
     name: str
     target: str | None = None
     experts: tuple[str, ...] = ()
+    beside: bool = False
+    """Whether the adapters of `Settings.ours` are there too, at full strength."""
 
 
 def ways(names: list[str]) -> list[Way]:
-    """By name: "words", "rope", or TARGET/EXPERT with high, low or both. Raises ConfigError."""
+    """By name: "words", "rope", or TARGET/EXPERT (high, low or both); each may end in "+ours".
+
+    Raises ConfigError for what is none.
+    """
     found = []
     for name in names:
-        target, _, expert = name.partition("/")
+        plain, beside = name.removesuffix(BESIDE), name.endswith(BESIDE)
+        target, _, expert = plain.partition("/")
         experts = {"high": ("high",), "low": ("low",), "both": ("high", "low")}.get(expert, ())
-        if name in ("words", "rope"):
-            found.append(Way(name))
+        if plain in ("words", "rope"):
+            found.append(Way(name, beside=beside))
         elif target in TARGETS and not TARGETS[target].rows and experts:
-            found.append(Way(name, target, experts))
+            found.append(Way(name, target, experts, beside))
         else:
             raise ConfigError(
-                f"--ways: there is no {name!r}; give words, rope, or TARGET/high, /low or /both"
+                f"--ways: there is no {name!r}; give words, rope, or TARGET/high, /low or /both, "
+                f"each with {BESIDE} behind it or without"
             )
     return found
 
@@ -85,6 +95,9 @@ def run(settings: Settings, chosen: list[Way], seeds: list[int]) -> int:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             shared = shared or Seed(settings, seed)
+            ours = settings.path(arm(settings.ours), seed, ".safetensors")
+            if way.beside and not ours.is_file():
+                raise ConfigError(f"--ways: {way.name} needs {ours}; `study run` that arm first")
             write_json(path, record(settings, way, shared))
             log.info("%s, seed %d: measured", way.name, seed)
             written += 1
@@ -95,7 +108,7 @@ def clips_at_speeds(settings: Settings, shared: Seed) -> clips.TrainingClips:
     """Clean clips of narrow looks, each drawn at every speed: exactly warped, nothing made up."""
     rng = np.random.default_rng([shared.seed, clips.TRAINED_ON, 1])
     count = settings.clips // len(SPEEDS)
-    scenes = toy.draw_scenes(count, rng, **clips.NARROW, hz=BASE_HZ)
+    scenes = toy.draw_scenes(count, rng, **LOOKS, hz=TRAINED_HZ)
     texts = wan.encode_prompts(*shared.text_parts, toy.captions(scenes))
     sizes = clips.sizes(shared.cfg)
     samples = []
@@ -114,7 +127,8 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
     experts = {name: wan.load_transformer(cfg.model, name, shared.device) for name in cfg.experts}
     asked: tuple[float, ...] = ASKED
     sample: Callable[[float], Tensor]
-    if way.name == "words":
+    kind = way.name.removesuffix(BESIDE)
+    if kind == "words":
         asked = tuple(float(np.log2(hz / WORDS_HZ["steady"])) for hz in WORDS_HZ.values())
 
         def sample(step: float) -> Tensor:
@@ -122,7 +136,7 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
             scenes = replace(shared.scenes, hz_N=torch.full_like(shared.scenes.hz_N, hz))
             return _sample(shared, experts, toy.captions(scenes, tempo_words=True))
 
-    elif way.name == "rope":
+    elif kind == "rope":
 
         def sample(step: float) -> Tensor:
             with stretched(list(experts.values()), 2**step):
@@ -134,6 +148,8 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
         def sample(step: float) -> Tensor:
             return _sample(shared, experts, strength=step)
 
+    if way.beside:
+        add_deltas(experts, stored_experts(settings, arm(settings.ours), shared))
     shown = {step: sample(step) for step in asked}
     middle = shown[min(asked, key=abs)]
     values = [measure.measure(shared.asked, shown[step], middle)[0] for step in asked]
@@ -164,6 +180,17 @@ def _trained(
         args = cfg, made, name, training, batches, shared.device
         experts[name], facts["flow"][name] = finetune(*args)
     return experts
+
+
+@torch.no_grad()
+def add_deltas(experts: dict[str, nn.Module], tuned: dict[str, nn.Module]) -> None:
+    """Add to the weights what the adapters of `tuned` change in them, at full strength."""
+    for name, expert in experts.items():
+        for path, layer in tuned[name].named_modules():
+            if isinstance(layer, lora.RowLora):
+                base = expert.get_submodule(path)
+                base = base.base_layer if isinstance(base, lora.RowLora) else base
+                base.weight += layer.get_delta_weight(lora.ADAPTER)
 
 
 def _sample(

@@ -121,13 +121,16 @@ def log2_hz(videos_NFHW3: Tensor, fps: float) -> tuple[Tensor, Tensor]:
     return hz_N.log2(), share_N
 
 
-def amplitude_log2(videos_NFHW3: Tensor, timebase: TimeBase) -> Tensor:
-    """log2 of metrics.motion_amplitude in levels, (N,)."""
+def log2_power(videos_NFHW3: Tensor, timebase: TimeBase) -> dict[str, Tensor]:
+    """What a filter leaves: amplitude and power above the cutoff, log2, (N,) each."""
     bins, found = metrics.bins_of(timebase, CUTOFF_HZ, BAND_HZ), []
     for some in videos_NFHW3.split(TOGETHER):
         power_NK = metrics.spectral_power(_luma(_rgb(some)), timebase)
-        found.append(_log2_amplitude(power_NK, bins).cpu())
-    return torch.cat(found)
+        found.append(
+            (_log2_amplitude(power_NK, bins).cpu(), _log2_power(power_NK, bins.jitter).cpu())
+        )
+    amplitude, jitter = (torch.cat(part) for part in zip(*found, strict=True))
+    return {"amplitude_log2": amplitude, "jitter_log2": jitter}
 
 
 def motion_curves(videos_NFHW3: Tensor) -> Tensor:

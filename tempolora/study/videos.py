@@ -58,17 +58,17 @@ def lowpass(videos_NFHW3: Tensor, width_frames: float) -> Tensor:
     return torch.stack([clip.round().to(torch.uint8) for clip in smooth])
 
 
-def width_that_leaves(motion_of: Callable[[float], float], wanted: float) -> float:
-    """The width, in frames, at which log2 motion has come down to `wanted`; 0 where it is there.
+def width_that_leaves(left_at: Callable[[float], float], wanted: float) -> float:
+    """The width, in frames, at which what is left has come down to `wanted`; 0 where it is there.
 
-    motion_of: log2 motion at a width, falling. Raises ValueError where even the widest leaves more.
+    left_at: log2 of it at a width, falling. Raises ValueError where even the widest leaves more.
     """
     low, high = 0.0, WIDEST_FRAMES
-    if motion_of(low) <= wanted:
+    if left_at(low) <= wanted:
         return low
-    if motion_of(high) > wanted:
-        raise ValueError(f"a filter {high:g} frames wide leaves more motion than there should be")
+    if left_at(high) > wanted:
+        raise ValueError(f"a filter {high:g} frames wide leaves more than there should be")
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if motion_of(middle) > wanted else (low, middle)
+        low, high = (middle, high) if left_at(middle) > wanted else (low, middle)
     return high
