@@ -1,6 +1,7 @@
-"""The records of a folder as the results of docs/evidence.md: tables, claims, figures, gifs.
+"""The records of a folder as the results of docs/evidence.md: claims, a summary, figures, gifs.
 
-What stands outside of the two marks, the thresholds above all, is never touched.
+What stands outside of the two marks, the thresholds above all, is never touched. All figures of all
+arms go to docs/evidence_tables.md.
 """
 
 from pathlib import Path
@@ -46,11 +47,22 @@ LOOKING = {
     "still_drift": "single-frame drift, levels",
     "still_colour": "single-frame colour, dE",
 }
+SUMMARY = {
+    "jitter_log2": "above 6 Hz, log2 over clean",
+    "amplitude_log2": "amplitude, log2 over clean",
+    "tempo_error": "tempo error, octaves",
+    "shape_error": "shape error",
+    "drift_colour": "drift of colour, dE",
+    "still_drift": "single-frame drift, levels",
+}
+TABLES = "evidence_tables.md"
+ABOUT_TABLES = """What the columns are: [evidence.md](evidence.md#what-is-measured). Written by
+`python -m tempolora.study page`."""
 OF_WALK_AND_PAN = {"speed_log2", "jerk_log2", "track_jitter_log2"}
 
 
 def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
-    """Fill the marked part of docs/evidence.md; the file. Figures and gifs go beside it.
+    """Fill the marked part of docs/evidence.md; the file. Tables, figures and gifs go beside it.
 
     Raises ConfigError where there are no records, or no page with marks.
     """
@@ -63,12 +75,14 @@ def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
         "Development": [r for r in records if r["seed"] not in CONFIRMATION],
         "Confirmation": [r for r in records if r["seed"] in CONFIRMATION],
     }
-    parts = []
+    parts, tables = [], [f"# All figures of the study\n\n{ABOUT_TABLES}\n"]
     for title, some in chosen.items():
         if not some:
             parts.append(f"### {title} seeds\n\nNot run.\n")
             continue
-        parts.append(_section(title, compare.by_arm(some), plain, ours))
+        runs = compare.by_arm(some)
+        parts.append(_section(title, runs, plain, ours))
+        tables.append(_tables(title, runs, plain))
     shown = compare.by_arm(chosen["Confirmation"] or chosen["Development"])
     draw_spectra(shown, [*DATA, BASE, plain, ours], docs / "evidence_spectra.png")
     draw_scatter(shown, docs / "evidence_scatter.png")
@@ -82,6 +96,8 @@ def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
     parts.append(_pictures(names, seed))
     parts += ["\n".join(section(out)) for section in (knob_section, sound_section)]
     results = "\n".join(parts)
+    with replacing(docs / TABLES) as temporary:
+        temporary.write_text("\n".join(tables), "utf-8")
     with replacing(page) as temporary:
         temporary.write_text(f"{head}{BEGIN}\n\n{results}\n{END}{tail}", "utf-8")
     return page
@@ -100,22 +116,46 @@ def _around_marks(page: Path) -> tuple[str, str]:
 
 
 def _section(title: str, runs: Runs, plain: str, ours: str) -> str:
-    known = [*PRIMARY, *REST]
-    order = [n for n in known if n in runs] + sorted(name for name in runs if name not in known)
     lines = [f"### {title} seeds", "", *_about(runs), ""]
-    lines += ["#### Claims", "", *_claims(runs, plain, ours), ""]
-    lines += ["#### Arms", "", *_sizes(runs, order), ""]
-    excess = f"#### Power, log2 over clean data through the VAE (`{REFERENCE}`)"
+    lines += [*_claims(runs, plain, ours), "", *_summary(runs, _order(runs)), ""]
+    return "\n".join(lines)
+
+
+def _tables(title: str, runs: Runs, plain: str) -> str:
+    order = _order(runs)
+    lines = [f"## {title} seeds", "", *_about(runs), ""]
+    lines += ["### Arms", "", *_sizes(runs, order), ""]
+    excess = f"### Power, log2 over clean data through the VAE (`{REFERENCE}`)"
     lines += [excess, "", *_table(runs, order, EXCESS, REFERENCE), ""]
-    lines += ["#### Motion and flicker", "", *_table(runs, order, MOVING), ""]
-    lines += ["#### Looks", "", *_table(runs, order, LOOKING), ""]
+    lines += ["### Motion and flicker", "", *_table(runs, order, MOVING), ""]
+    lines += ["### Looks", "", *_table(runs, order, LOOKING), ""]
     for other in (BASE, plain):
-        lines += [f"#### Less `{other}` of the same captions and noise", ""]
+        lines += [f"### Less `{other}` of the same captions and noise", ""]
         for columns in (EXCESS, MOVING, LOOKING):
             kept = {k: v for k, v in columns.items() if k not in ("warping_error",)}
             lines += [*_table(runs, [n for n in order if n != other], kept, other), ""]
-    lines += ["#### Strength of the adapter and tempo", "", *_knobs(runs, order)]
-    return "\n".join(lines) + "\n"
+    lines += ["### Strength of the adapter and tempo", "", *_knobs(runs, order), ""]
+    return "\n".join(lines)
+
+
+def _order(runs: Runs) -> list[str]:
+    known = [*PRIMARY, *REST]
+    return [n for n in known if n in runs] + sorted(name for name in runs if name not in known)
+
+
+def _summary(runs: Runs, order: list[str]) -> list[str]:
+    lines = [
+        f"| arm | seeds | {' | '.join(SUMMARY.values())} |",
+        "| --- |" + " --- |" * (len(SUMMARY) + 1),
+    ]
+    for name in order:
+        cells = []
+        for metric in SUMMARY:
+            less = {REFERENCE: -1.0} if metric in EXCESS and name != REFERENCE else {}
+            own = metric in EXCESS and name == REFERENCE
+            cells.append("0" if own else cell(compare.combine(runs, {name: 1.0} | less, metric)))
+        lines.append(f"| `{name}` | {len(runs[name])} | {' | '.join(cells)} |")
+    return lines
 
 
 def _about(runs: Runs) -> list[str]:

@@ -15,7 +15,7 @@ from tempolora.study.measure import CUTOFF_HZ
 
 COLUMNS, MARGIN_PX = 3, 2
 SCALES = (4, 3, 2, 1)  # of a pixel; the largest that keeps the file small
-MOST_BYTES = 3_000_000
+MOST_BYTES = 1_500_000
 FRAME_MS = 60  # gifs count in 10 ms, and 16 fps are 62.5
 COLOURS = 128
 
