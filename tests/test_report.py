@@ -228,6 +228,20 @@ def test_lora_table_gives_rank_and_layers(full_run):
         assert row_of(html, f"<code>{name}</code>")[1] == f"{size / 1024:.4g} KiB"
 
 
+def test_a_tempo_run_shows_its_own_files_and_what_their_strength_means(tmp_path):
+    folder = write_run(tmp_path / "out", experts=("high",))
+    config = json.loads((folder / "config.json").read_text())
+    config["lora"]["kind"] = "tempo"
+    (folder / "config.json").write_text(json.dumps(config))
+    write_lora(folder / "wan22_tempo_lora_high_noise.safetensors")
+    for when in ("before", "after"):
+        write_video(folder / f"sample_{when}_lora.mp4", moving_row=12)
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "not there yet" not in html and "none yet" not in html
+    assert "<code>wan22_tempo_lora_high_noise.safetensors</code>" in html
+    assert "asked for twice the speed" in html
+
+
 def test_every_expert_and_term_has_its_curve(full_run):
     page = page_of(full_run)
     charts = [attrs["aria-label"] for attrs in page.all("svg") if "aria-label" in attrs]

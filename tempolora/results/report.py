@@ -35,6 +35,7 @@ from tempolora.results.names import EXPERTS, lora_file_name, video_file_name
 from tempolora.results.side_by_side import VIDEO_CONTROLS, side_by_side
 
 VIDEOS = {"before": "Before: base model", "after": "After: with the LoRA"}
+AT_FULL_STRENGTH = "After: with the tempo LoRA at strength 1, asked for twice the speed"
 FIRST_CAPTION = "the first caption of the data set (output.prompts is empty)"
 MAX_LISTED = 12  # line numbers in a remark
 
@@ -60,7 +61,7 @@ def write_report(folder: Path) -> Path:
         comparison=compared,
         videos=videos,
         summary=_summary(folder, config, metrics),
-        loras=_loras(folder, metrics),
+        loras=_loras(folder, metrics, _kind(config)),
         held_out=held_out_figures(config, metrics),
         curves=training_figures(config, metrics),
         config=escape(json.dumps(config, indent=2, ensure_ascii=False)),
@@ -177,8 +178,9 @@ def _videos(folder: Path, config: dict[str, Any]) -> str:
             return note("No videos: output.sample_steps is 0.")
         names = " and ".join(pairs[0].values())
         return note(f"No videos: {names} are not in the folder; training writes them.")
+    titles = VIDEOS | ({"after": AT_FULL_STRENGTH} if _kind(config) == "tempo" else {})
     return "".join(
-        side_by_side(folder, {title: pair[when] for when, title in VIDEOS.items()}, prompt)
+        side_by_side(folder, {title: pair[when] for when, title in titles.items()}, prompt)
         for pair, prompt in zip(pairs, prompts)
     )
 
@@ -192,7 +194,7 @@ def _summary(folder: Path, config: dict[str, Any], metrics: Metrics) -> str:
     if held_out:
         head += ["Held-out before", "Held-out after"]
         explained += " Held-out loss is before training and as last measured."
-    rows = []
+    rows, kind = [], _kind(config)
     for expert, lines in metrics.items():
         done = lines[-1]["step"]
         steps = f"{done} of {planned}" if planned else str(done)
@@ -201,18 +203,23 @@ def _summary(folder: Path, config: dict[str, Any], metrics: Metrics) -> str:
             losses += [line.get("held_out") for line in first_and_last_held_out(lines)]
         seconds = series(lines, "seconds")[1]
         rate = number(1 / statistics.median(seconds)) if seconds else "not logged"
-        file = folder / lora_file_name(expert) if expert in EXPERTS else None
+        file = folder / lora_file_name(expert, kind) if expert in EXPERTS else None
         size = _bytes(file.stat().st_size) if file and file.is_file() else "none yet"
         rows.append([escape(called(expert)), steps, *map(number, losses), rate, size])
     head += ["Steps/s", "LoRA file"]
     return table(head, rows, first_number=1) + f'<p class="caption">{explained}</p>'
 
 
-def _loras(folder: Path, metrics: Metrics) -> str:
+def _kind(config: dict[str, Any]) -> str:
+    """What the adapters are for: "tempo", else "rhythm"."""
+    return "tempo" if setting(config, "lora.kind") == "tempo" else "rhythm"
+
+
+def _loras(folder: Path, metrics: Metrics, kind: str) -> str:
     rows, notes, blocks = [], [], []
     trained = [name for name in EXPERTS if name in metrics]
     for expert in EXPERTS:
-        path = folder / lora_file_name(expert)
+        path = folder / lora_file_name(expert, kind)
         if not path.is_file():
             if expert in trained:
                 notes.append(note(f"{path.name} is not there yet: training writes it at its end."))
