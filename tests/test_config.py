@@ -12,7 +12,10 @@ from tempolora.config import Config, ConfigError, load_config
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["a14b", "a14b_i2v", "a14b_steady", "a14b_tempo", "ti2v_5b", "toy"])
+SHIPPED = ["a14b", "a14b_i2v", "a14b_steady", "a14b_tempo", "ti2v_5b", "toy"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_configs_load(name):
     cfg = load_config(ROOT / "configs" / f"{name}.json")
     some = {"ti2v_5b": ("single",), "a14b_tempo": ("high",)}

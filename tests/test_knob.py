@@ -71,7 +71,7 @@ def test_beside_our_adapters_the_weights_are_those_with_them_merged(settings):
     """Against the adapters left in place, at full strength."""
     seed = experiment.Seed(settings, 0)
     ours = experiment.arm(settings.ours)
-    with pytest.raises(ConfigError, match="needs .*absolute_1_anchor"):
+    with pytest.raises(ConfigError, match=r"needs .*absolute_1_anchor"):
         knob.run(settings, knob.ways(["rope+ours"]), [0])
     experiment.run(settings, [ours], [0], 9, "0/1")
     tuned = experiment.stored_experts(settings, ours, seed)
