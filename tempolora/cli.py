@@ -139,7 +139,7 @@ def _add_rhythm_options(sample: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="how far guidance pushes the clean estimate in each step, as a share of its own norm, "
-        "above 0 and up to 1; 0.15 by default",
+        "above 0 and up to 1; by default 0.5 for a soundtrack and 1 for --guide-hz",
     )
     rhythm.add_argument(
         "--guide-sigma",

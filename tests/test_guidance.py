@@ -1,9 +1,12 @@
 """Guidance: its gradient, what it does to latents and to TinyWan's videos, and what is heard."""
 
+from functools import partial
+
 import av
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from tempolora.cli import main
 from tempolora.config import ConfigError, load_config
@@ -11,7 +14,7 @@ from tempolora.data import toy
 from tempolora.data.readout import load_readout
 from tempolora.data.soundtrack import RATE_HZ, read_soundtrack
 from tempolora.data.toy_set import click_track, draw_frames
-from tempolora.results.guide import Rhythm, heard, own_beats
+from tempolora.results.guide import FREQUENCY, SOUNDTRACK, Rhythm, heard, own_beats
 from tempolora.results.sample import sample_latents
 from tempolora.rhythm.guidance import (
     Guide,
@@ -82,15 +85,21 @@ def test_a_push_raises_each_samples_score_and_is_as_long_as_asked(readout, name)
     torch.testing.assert_close(pushed, alone)
 
 
+def smoothed(values: np.ndarray, axis: int) -> np.ndarray:
+    """A Gaussian 0.7 frames wide; beside the ends what is missing counts nothing."""
+    blur = partial(ndimage.gaussian_filter1d, sigma=0.7, axis=axis, mode="constant", truncate=20)
+    return blur(values) / blur(np.ones_like(values))
+
+
 def test_scores_are_numpys_correlation_and_share_of_variance():
     luma = torch.rand(2, SAMPLES, 3, 2, generator=torch.Generator().manual_seed(4)).double()
-    moved_BG = np.sqrt(np.square(np.diff(luma.numpy(), axis=1)).mean(axis=(2, 3)))
-    kernel = np.exp(-0.5 * (np.arange(-3, 4) / 0.7) ** 2)
-    smooth_G = np.convolve(onset().numpy(), kernel, mode="same")
+    smooth_luma = smoothed(luma.numpy(), axis=1)
+    moved_BG = np.sqrt(np.square(np.diff(smooth_luma, axis=1)).mean(axis=(2, 3)))
+    smooth_G = smoothed(onset().numpy(), axis=0)
     expected = [np.corrcoef(moved_G, smooth_G)[0, 1] for moved_G in moved_BG]
     np.testing.assert_allclose(SCORES["hit"](luma), expected, atol=1e-6)
     np.testing.assert_allclose(SCORES["rest"](luma), [-value for value in expected], atol=1e-6)
-    np.testing.assert_allclose(motion_curve(luma), moved_BG, rtol=1e-6)
+    np.testing.assert_allclose(motion_curve(torch.from_numpy(smooth_luma)), moved_BG, rtol=1e-5)
 
     time_S = np.arange(SAMPLES) / FPS
     waves = [f(2 * np.pi * 2.2 * time_S) for f in (np.cos, np.sin)]
@@ -207,18 +216,19 @@ def test_guide_that_never_works_leaves_the_samples_bits_alone(cfg):
         return x0_hat
 
     assert torch.equal(sampled_latents(cfg, idle), sampled_latents(cfg, None))
-    assert len(asked) == 4 and asked == sorted(asked, reverse=True) and asked[0] > 0.99
+    # the last step's estimate is the video: what is pushed there has no answer
+    assert len(asked) == 3 and asked == sorted(asked, reverse=True) and asked[0] > 0.99
 
 
 def test_guided_video_has_the_asked_correlation_and_the_unguided_has_not(cfg, toy_shards):
     readout = load_readout(toy_shards)
     onset_G = torch.zeros(cfg.timebase.samples - 1)
     onset_G[2::4] = 1
-    base = sampled_latents(cfg, None, steps=3)
+    base = sampled_latents(cfg, None, steps=6)
     for rest in (False, True):
         score = on_beat(onset_G, rest=rest)
-        guide = Guide(readout, score, strength=0.2, sigma=(0.3, 1.0))
-        latents = (base, sampled_latents(cfg, guide, steps=3))
+        guide = Guide(readout, score, strength=1.0, sigma=(0.3, 1.0))
+        latents = (base, sampled_latents(cfg, guide, steps=6))
         base_score, guided = (score(readout.luminance(x)) for x in latents)
         assert guided.item() > base_score.item() + 0.2
 
@@ -229,7 +239,7 @@ def test_guided_video_has_the_asked_correlation_and_the_unguided_has_not(cfg, to
 def sample_command(out, shards, *options, frames=17) -> list[str]:
     sets = [f"data.shards={shards}", f"data.num_frames={frames}"]
     sets = [part for setting in sets for part in ("--set", setting)]
-    said = ["--prompt", "a red disc moves from side to side", "--steps", "2", "--out", str(out)]
+    said = ["--prompt", "a red disc moves from side to side", "--steps", "4", "--out", str(out)]
     return ["sample", *sets, *said, *options]
 
 
@@ -345,7 +355,8 @@ def test_decoding_that_takes_too_long_is_stopped(song):
     [
         (["--guide-hz", "2", "--soundtrack", "a.wav"], "--guide-hz: --soundtrack guides already"),
         (["--guide-hz", "0.1"], "--guide-hz: 0.1 cannot be asked for"),
-        (["--guide-hz", "2.1"], "--guide-hz: 2.1 cannot be asked for"),
+        (["--guide-hz", "4.1"], "--guide-hz: 4.1 cannot be asked for"),
+        (["--guide-hz", "2", "--steps", "3"], "--guide-sigma: of 3 steps none but the last"),
         (["--guide-hz", "nan"], "--guide-hz: nan cannot be asked for"),
         (["--guide-hz", "2", "--guide-strength", "0"], "--guide-strength: 0 is not above 0"),
         (["--guide-hz", "2", "--guide-strength", "nan"], "--guide-strength: nan is not above 0"),
@@ -395,6 +406,6 @@ def test_defaults_in_the_help_are_the_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    default = Rhythm()
-    assert f"up to 1; {default.strength:g} by default" in said
-    assert "by default {:g} {:g}".format(*default.sigma) in said
+    strengths = f"by default {SOUNDTRACK:g} for a soundtrack and {FREQUENCY:g} for --guide-hz"
+    assert strengths in said
+    assert "by default {:g} {:g}".format(*Rhythm().sigma) in said

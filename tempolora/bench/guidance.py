@@ -21,7 +21,7 @@ from tempolora.data.fit_readout import readout_of_vae
 from tempolora.data.toy_set import AUDIO_RATE_HZ, click_track
 from tempolora.model import wan
 from tempolora.model.encoders import WanEncoders
-from tempolora.results.guide import Rhythm
+from tempolora.results.guide import FREQUENCY, SOUNDTRACK, Rhythm
 from tempolora.results.sample import draw_noise, sample_latents
 from tempolora.rhythm import metrics
 from tempolora.rhythm.guidance import Guide, at_frequency, change_times, each, on_beat
@@ -40,18 +40,20 @@ PULSE_HZ, ASKED_HZ = (1.2, 3.5), (1.0, 4.0)
 
 
 def main(arguments: Sequence[str]) -> None:
-    default = Rhythm()
     parser = argparse.ArgumentParser(prog="python -m tempolora.bench guidance", description=__doc__)
     parser.add_argument("--what", choices=("soundtrack", "hz"), required=True)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of captions, noise and what is asked")
-    parser.add_argument("--strength", type=float, nargs="+", default=[default.strength])
-    parser.add_argument("--sigma", type=float, nargs=2, default=default.sigma)
+    parser.add_argument("--strength", type=float, nargs="+", help="as in the command")
+    parser.add_argument("--sigma", type=float, nargs=2, default=Rhythm().sigma)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     bench = Bench(options.seed, options.steps)
-    measure = bench.soundtracks if options.what == "soundtrack" else bench.frequencies
-    print("\n".join(["", *measure(options.strength, tuple(options.sigma))]), file=sys.stdout)
+    measure, usual = bench.frequencies, FREQUENCY
+    if options.what == "soundtrack":
+        measure, usual = bench.soundtracks, SOUNDTRACK
+    rows = measure(options.strength or [usual], tuple(options.sigma))
+    print("\n".join(["", *rows]), file=sys.stdout)
 
 
 class Bench:

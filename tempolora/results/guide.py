@@ -25,10 +25,12 @@ from tempolora.rhythm.readout import Readout
 
 logger = logging.getLogger(__name__)
 
+SOUNDTRACK, FREQUENCY = 0.5, 1.0  # strengths by default
+
 
 @dataclass(frozen=True)
 class Rhythm:
-    """What is asked for. strength and sigma are those of `Guide`.
+    """What is asked for. strength and sigma are those of `Guide`; None: SOUNDTRACK or FREQUENCY.
 
     soundtrack: a file with sound, to follow and to be heard. beat: what shall fall on its onsets,
     "hit" (motion is fastest) or "rest" (it stands). hz: a frequency to move at. readout: its file;
@@ -38,7 +40,7 @@ class Rhythm:
     soundtrack: Path | None = None
     beat: str = "hit"
     hz: float | None = None
-    strength: float = 0.15
+    strength: float | None = None
     sigma: tuple[float, float] = (0.5, 0.95)
     readout: Path | None = None
     click: bool = False
@@ -46,7 +48,7 @@ class Rhythm:
     def __post_init__(self) -> None:
         if self.soundtrack is not None and self.hz is not None:
             raise ConfigError("--guide-hz: --soundtrack guides already; give one of them")
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"--guide-strength: {self.strength:g} is not above 0 and up to 1")
         low, high = self.sigma
         if not 0 <= low < high <= 1:
@@ -74,11 +76,11 @@ def prepare(cfg: Config, rhythm: Rhythm, device: torch.device) -> dict:
             raise ConfigError(f"{OPTION}: {rhythm.soundtrack}: {error}") from None
         given["soundtrack"] = audio
     elif rhythm.hz is not None:
-        highest = cfg.timebase.latent_nyquist_hz
+        highest = cfg.timebase.latent_fps
         if rhythm.hz > highest:
             raise ConfigError(
-                f"--guide-hz: {rhythm.hz:g} cannot be asked for: above {highest:g} Hz, half the "
-                "rate of latent frames, motion may come at the mirror frequency; ask for less"
+                f"--guide-hz: {rhythm.hz:g} cannot be asked for: above the rate of latent frames, "
+                f"{highest:g} Hz, it has not been shown to work; ask for less"
             )
         try:
             score = at_frequency(cfg.timebase.samples, cfg.timebase.fps, rhythm.hz)
@@ -97,7 +99,8 @@ def _guide(cfg: Config, rhythm: Rhythm, score: Score, device: torch.device) -> G
         readout = _named_readout(cfg, coder, rhythm.readout)
     del coder
     free_memory(device)
-    return Guide(readout, score, rhythm.strength, rhythm.sigma)
+    default = FREQUENCY if rhythm.soundtrack is None else SOUNDTRACK
+    return Guide(readout, score, rhythm.strength or default, rhythm.sigma)
 
 
 def _named_readout(cfg: Config, coder: WanEncoders, path: Path) -> Readout:

@@ -93,16 +93,11 @@ def sample_latents(
     order of use, after the one before was dropped; it must keep no reference of its own.
     condition_BCTHW: the 20 further input channels of I2V-A14B. first_BC1HW: the clean first
     latent frame of image to video with the 5B. guide: (x0_hat, sigma) -> the x0_hat to go on with,
-    asked in each step, as `tempolora.rhythm.guidance.Guide`.
+    as `tempolora.rhythm.guidance.Guide`; asked in each step but the last, whose x0_hat is the
+    video: the transformer has to answer to every push.
     """
     device = noise_BCTHW.device
-    scheduler = UniPCMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=variant.shift,
-    )
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = _scheduler(variant, steps, device)
     scheduler.set_begin_index(0)  # whole timesteps may repeat: count them, do not look them up
     latents = noise_BCTHW.float()
     given = {
@@ -125,11 +120,36 @@ def sample_latents(
         if guidance > 1:
             unguided = predict_velocity(expert, inputs, sigma_B, negative_BLD, **given).float()
             v_BCTHW = unguided + guidance * (v_BCTHW - unguided)
-        if guide is not None:
+        if guide is not None and step + 1 < len(timesteps):
             x0_hat = _with_first(inputs - sigmas[step] * v_BCTHW, first_BC1HW)
             v_BCTHW = v_BCTHW + (x0_hat - guide(x0_hat, sigmas[step])) / sigmas[step]
         latents = scheduler.step(v_BCTHW, timestep, latents, return_dict=False)[0]
     return _with_first(latents, first_BC1HW)
+
+
+def _scheduler(
+    variant: Variant, steps: int, device: torch.device | str = "cpu"
+) -> UniPCMultistepScheduler:
+    scheduler = UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=variant.shift,
+    )
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler
+
+
+def _check_guided(variant: Variant, steps: int, rhythm: Rhythm) -> None:
+    """Raise ConfigError where no step would be guided."""
+    low, high = rhythm.sigma
+    answered = _scheduler(variant, steps).sigmas[: steps - 1]
+    guided = rhythm.soundtrack is not None or rhythm.hz is not None
+    if guided and not ((answered >= low) & (answered <= high)).any():
+        raise ConfigError(
+            f"--guide-sigma: of {steps} steps none but the last has a sigma from {low:g} to "
+            f"{high:g}, and the last is not guided; give more --steps or a wider range"
+        )
 
 
 def _with_first(latents_BCTHW: Tensor, first_BC1HW: Tensor | None) -> Tensor:
@@ -238,7 +258,10 @@ def sample_from_prompt(
         )
     first_frame_HW3 = read_image(image, cfg.data.height, cfg.data.width) if image else None
     _check(cfg, Path(out), loras, tempo)
-    moved = {} if rhythm is None else prepare(cfg, rhythm, device)
+    moved = {}
+    if rhythm is not None:
+        _check_guided(cfg.variant, steps, rhythm)
+        moved = prepare(cfg, rhythm, device)
 
     tokenizer, encoder = load_text(cfg.model, device)
     text_LD, negative_LD = encode_prompts(tokenizer, encoder, [prompt, negative])

@@ -7,7 +7,7 @@ is the variable: the gradient does not pass through the transformer, which costs
 time and needs no differentiable model; the transformer answers in the next step.
 
 Shapes: B batch, C channel, T latent frame, S = 4 (T - 1) samples of luminance, H, W latent height
-and width, G = S - 1 changes from sample to sample.
+and width, G = S - 1 changes from sample to sample, R sample of what was smoothed.
 """
 
 import math
@@ -26,7 +26,7 @@ Score = Callable[[Tensor], Tensor]
 
 TINY = 1e-12
 STILL = 1e-4  # luminance: added to a change as noise would be, so that no change has a slope too
-SMOOTHING_FRAMES = 0.7  # standard deviation: an onset is as wide as a change can be told apart
+SMOOTHING_FRAMES = 0.7  # standard deviation, of onsets and of luminance
 
 
 def change_times(samples: int, fps: float) -> np.ndarray:
@@ -46,23 +46,31 @@ def on_beat(onset_G: Tensor, *, rest: bool = False) -> Score:
     """Correlation of motion energy with a soundtrack's onset envelope at `change_times`, -1..1.
 
     rest: of the negative energy, so that motion comes to rest on an onset in place of being
-    fastest. The envelope is smoothed by SMOOTHING_FRAMES. Raises ValueError if it is constant.
+    fastest. Onsets and luminance are smoothed over time alike: what is above 6 Hz in a change is
+    flicker rather than motion, and a push would make more of it. Raises ValueError if the envelope
+    is constant.
     """
-    reach = math.ceil(4 * SMOOTHING_FRAMES)
-    offset_K = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    weight_K = (-0.5 * (offset_K / SMOOTHING_FRAMES).square()).exp()
-    smooth_11G = torch.conv1d(onset_G.double()[None, None], weight_K[None, None], padding=reach)
-    target_G = smooth_11G[0, 0] - smooth_11G.mean()
+    smooth_G = _smoothing(len(onset_G)) @ onset_G.double()
+    target_G = smooth_G - smooth_G.mean()
     if target_G.norm() <= TINY:
         raise ValueError("the onset envelope is constant: it has no beat to follow")
     target_G = target_G / target_G.norm() * (-1 if rest else 1)
+    smoothing_SS = _smoothing(len(onset_G) + 1)
 
     def score(luma_BSHW: Tensor) -> Tensor:
-        moved_BG = motion_curve(luma_BSHW)
+        smooth_BSHW = torch.einsum("rs,bshw->brhw", smoothing_SS.to(luma_BSHW), luma_BSHW)
+        moved_BG = motion_curve(smooth_BSHW)
         moved_BG = moved_BG - moved_BG.mean(dim=1, keepdim=True)
         return moved_BG @ target_G.to(moved_BG) / (moved_BG.norm(dim=1) + TINY)
 
     return score
+
+
+def _smoothing(samples: int) -> Tensor:
+    """A Gaussian of SMOOTHING_FRAMES over time as a map, rows of sum 1, float64 (S, S)."""
+    time_S = torch.arange(samples, dtype=torch.float64)
+    weight_SS = (-0.5 * ((time_S[:, None] - time_S) / SMOOTHING_FRAMES).square()).exp()
+    return weight_SS / weight_SS.sum(dim=1, keepdim=True)
 
 
 def at_frequency(samples: int, fps: float, hz: float) -> Score:

@@ -25,7 +25,7 @@ from tempolora.files import write_json
 from tempolora.model import wan
 from tempolora.model.encoders import WanEncoders
 from tempolora.model.memory import free_memory
-from tempolora.results.guide import Rhythm
+from tempolora.results.guide import SOUNDTRACK, Rhythm
 from tempolora.rhythm import metrics
 from tempolora.rhythm.guidance import Guide, change_times, each, on_beat
 from tempolora.study import clips, measure, videos
@@ -135,7 +135,7 @@ def guide_of(shared: Seed) -> Guide:
 
     Through the readout that it fits where there is no data set, whatever the cache holds beside it.
     """
-    clock, default = shared.cfg.timebase, Rhythm()
+    clock = shared.cfg.timebase
     times_s = change_times(clock.samples, clock.fps)
     scores = []
     for track in soundtracks(len(shared.scenes), shared.seed):
@@ -146,7 +146,7 @@ def guide_of(shared: Seed) -> Guide:
     readout = drawn_readout(shared.cfg, coder)
     del coder
     free_memory(shared.device)
-    return Guide(readout, each(scores), default.strength, default.sigma)
+    return Guide(readout, each(scores), SOUNDTRACK, Rhythm().sigma)
 
 
 def record(settings: Settings, way: str, cfg: Config, shared: Seed, guide: Guide) -> dict[str, Any]:
