@@ -1,6 +1,7 @@
 """The knob's study: every way of asking starts from the same noise, and asks for what it says."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,27 @@ def test_beside_our_adapters_the_weights_are_those_with_them_merged(settings):
     assert (merged.float() - beside.float()).abs().max() <= 1  # levels, by rounding
     assert (merged.float() - base.float()).abs().max() > 20
     assert knob.run(settings, knob.ways(["rope+ours"]), [0]) == 1
+
+
+def test_guidance_is_asked_for_each_videos_own_frequency_times_the_speed(settings, monkeypatch):
+    settings = replace(settings, overrides=(*settings.overrides, "output.sample_steps=4"))
+    seed, asked = experiment.Seed(settings, 0), []
+    clock = seed.cfg.timebase
+    real = knob.at_frequency
+
+    def noted(samples, fps, hz):
+        asked.append(hz)
+        return real(samples, fps, hz)
+
+    monkeypatch.setattr(knob, "at_frequency", noted)
+    (way,) = knob.ways(["guide"])
+    found = knob.record(settings, way, seed)
+    own_N = 2 ** np.array(found["metrics"]["hz_log2"][2])
+    wanted = [own_N * 2**step for step in knob.ASKED if step]
+    wanted = np.clip(wanted, 1.01 * clock.fps / clock.samples, clock.latent_fps)
+    np.testing.assert_allclose(np.reshape(asked, (4, 2)), wanted, rtol=1e-4)
+    middle, faster = (found["metrics"]["amplitude_log2"][n] for n in (2, 4))
+    assert middle != faster
 
 
 @pytest.mark.parametrize("name", ["time_16", "random_16/high", "nothing/high", "time_16/some"])

@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tempolora.config import Config, ConfigError
+from tempolora.data.fit_readout import drawn_readout
 from tempolora.files import replacing, write_json
 from tempolora.model import lora, wan
+from tempolora.model.encoders import WanEncoders
 from tempolora.model.memory import free_memory
+from tempolora.rhythm.readout import Readout
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import BASE, FILTERED, OURS, PRIMARY, Arm, arm, arm_config, matched_ranks
 from tempolora.study.finetune import finetune, training_batches, with_adapters
@@ -119,6 +122,15 @@ class Seed:
             for name in self.cfg.experts
         }
         return self.sample(experts), self.sample(experts, first_only=True)
+
+    @cached_property
+    def guiding_readout(self) -> Readout:
+        """What `tempolora sample` guides through where there is no data set."""
+        coder = WanEncoders(self.cfg, self.device)
+        readout = drawn_readout(self.cfg, coder)
+        del coder
+        free_memory(self.device)
+        return readout
 
     def sample(
         self,

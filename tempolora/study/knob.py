@@ -1,14 +1,17 @@
 """The tempo knob: what speed comes out where one is asked for, and what else changes with it.
 
-Asked for in three ways: by the strength of a tempo adapter, trained on faster and slower versions
-of few clean clips; by the caption's word for the tempo; by a stretched time axis of RoPE. The last
-two need no training. Every way starts from the same noise at every speed.
+Asked for in four ways: by the strength of a tempo adapter, trained on faster and slower versions
+of few clean clips; by the caption's word for the tempo; by a stretched time axis of RoPE; by
+guidance to the video's own frequency times the speed. Only the first needs training. Every way
+starts from the same noise at every speed. An adapter may also be asked beside the study's own LoRA,
+as users put the two together.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from tempolora.data import toy
 from tempolora.data.shards import Sample
 from tempolora.files import write_json
 from tempolora.model import lora, wan
+from tempolora.results.guide import FREQUENCY, Rhythm
+from tempolora.rhythm.guidance import Guide, at_frequency, each
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import TARGETS, Arm, Loss, arm, arm_config
 from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks, stored_experts
@@ -35,6 +40,7 @@ LOOKS = {key: value for key, value in clips.NARROW.items() if key != "kinds"}
 BESIDE = "+ours"
 SPEEDS = (0.5, 0.71, 1.41, 2.0)
 ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log2 of the speed
+UNTRAINED = ("words", "rope", "guide")
 THETA = 10_000.0  # of Wan's RoPE
 WORDS_HZ = {"slow": 0.75, "steady": 1.73, "fast": 4.0}  # the middles of the thirds they name
 KEPT = (
@@ -62,7 +68,7 @@ class Way:
 
 
 def ways(names: list[str]) -> list[Way]:
-    """By name: "words", "rope", or TARGET/EXPERT (high, low or both); each may end in "+ours".
+    """By name: one of UNTRAINED, or TARGET/EXPERT (high, low or both); each may end in "+ours".
 
     Raises ConfigError for what is none.
     """
@@ -71,14 +77,14 @@ def ways(names: list[str]) -> list[Way]:
         plain, beside = name.removesuffix(BESIDE), name.endswith(BESIDE)
         target, _, expert = plain.partition("/")
         experts = {"high": ("high",), "low": ("low",), "both": ("high", "low")}.get(expert, ())
-        if plain in ("words", "rope"):
+        if plain in UNTRAINED:
             found.append(Way(name, beside=beside))
         elif target in TARGETS and not TARGETS[target].rows and experts:
             found.append(Way(name, target, experts, beside))
         else:
             raise ConfigError(
-                f"--ways: there is no {name!r}; give words, rope, or TARGET/high, /low or /both, "
-                f"each with {BESIDE} behind it or without"
+                f"--ways: there is no {name!r}; give {', '.join(UNTRAINED)}, or TARGET/high, "
+                f"/low or /both, each with {BESIDE} behind it or without"
             )
     return found
 
@@ -142,6 +148,20 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
             with stretched(list(experts.values()), 2**step):
                 return _sample(shared, experts)
 
+    elif kind == "guide":
+        clock = cfg.timebase
+        own = cache(lambda: _sample(shared, experts))
+
+        def sample(step: float) -> Tensor:
+            if not step:
+                return own()
+            own_N = 2 ** measure.log2_hz(own(), clock.fps)[0]
+            slowest = 1.01 * clock.fps / clock.samples  # that the clip can carry
+            asked_N = (own_N * 2**step).clamp(slowest, clock.latent_fps)
+            scores = [at_frequency(clock.samples, clock.fps, hz) for hz in asked_N.tolist()]
+            guide = Guide(shared.guiding_readout, each(scores), FREQUENCY, Rhythm().sigma)
+            return _sample(shared, experts, guide=guide)
+
     else:
         experts |= _trained(settings, way, shared, facts)
 
@@ -197,10 +217,10 @@ def _sample(
     shared: Seed,
     experts: dict[str, nn.Module],
     captions: list[str] | None = None,
-    strength: float | None = None,
+    **more: Any,
 ) -> Tensor:
     text = shared.embedded(captions or toy.captions(shared.scenes))
-    return videos.sample(shared.cfg, experts, shared.vae, shared.noise, text, strength)
+    return videos.sample(shared.cfg, experts, shared.vae, shared.noise, text, **more)
 
 
 @contextmanager

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from tempolora.config import Config, ConfigError
 from tempolora.data import toy
 from tempolora.data.audio import Track, onset_envelope
-from tempolora.data.fit_readout import drawn_readout
 from tempolora.data.shards import Sample
 from tempolora.data.toy_set import AUDIO_RATE_HZ, click_track
 from tempolora.files import write_json
 from tempolora.model import wan
-from tempolora.model.encoders import WanEncoders
-from tempolora.model.memory import free_memory
 from tempolora.results.guide import SOUNDTRACK, Rhythm
 from tempolora.rhythm import metrics
 from tempolora.rhythm.guidance import Guide, change_times, each, on_beat
@@ -131,10 +128,7 @@ def clips_with_clicks(settings: Settings, shared: Seed) -> clips.TrainingClips:
 
 
 def guide_of(shared: Seed) -> Guide:
-    """What `tempolora sample --soundtrack` does by default, each sample with its own soundtrack.
-
-    Through the readout that it fits where there is no data set, whatever the cache holds beside it.
-    """
+    """What `tempolora sample --soundtrack` does by default, each sample with its own soundtrack."""
     clock = shared.cfg.timebase
     times_s = change_times(clock.samples, clock.fps)
     scores = []
@@ -142,11 +136,7 @@ def guide_of(shared: Seed) -> Guide:
         clicks = click_track(track.times(clock.duration_s), clock.duration_s)
         onset_G = torch.from_numpy(onset_envelope(clicks, AUDIO_RATE_HZ, times_s))
         scores.append(on_beat(onset_G, rest=False))
-    coder = WanEncoders(shared.cfg, shared.device)
-    readout = drawn_readout(shared.cfg, coder)
-    del coder
-    free_memory(shared.device)
-    return Guide(readout, each(scores), SOUNDTRACK, Rhythm().sigma)
+    return Guide(shared.guiding_readout, each(scores), SOUNDTRACK, Rhythm().sigma)
 
 
 def record(settings: Settings, way: str, cfg: Config, shared: Seed, guide: Guide) -> dict[str, Any]:
