@@ -12,6 +12,7 @@ from tempolora.data import toy
 from tempolora.rhythm.guidance import each, on_beat
 from tempolora.study import clips, experiment, sound, sound_page
 from tempolora.study.__main__ import main
+from tempolora.study.finetune import training_batches
 from tempolora.timebase import TimeBase
 
 CLOCK = TimeBase(16, 49)
@@ -60,7 +61,7 @@ def test_a_clip_trained_on_has_its_onsets_where_its_mover_turns(tmp_path):
         peaks = np.flatnonzero(onset_F > 0.5) / 16
         assert len(peaks) - len(beats_s) in (0, 1)  # a click on the very first frame may be heard
         assert np.abs(peaks[:, None] - beats_s).min(axis=0).max() <= 0.5 / 16 + 0.01
-    batch = sound.training_batches(shared.cfg, "low", made, shared.device)[0]
+    batch = training_batches(shared.cfg, "low", made, shared.device)[0]
     assert batch.onset_BF.shape == (2, 49) and (batch.onset_BF.amax(dim=1) == 1).all()
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -120,3 +121,14 @@ def finetune(
         raise FloatingPointError(f"{arm.name}, {expert}: the loss is not finite")
     log.info("%s %s: flow %.4f", arm.name, expert, flow)
     return transformer.requires_grad_(False).eval(), flow
+
+
+def finetune_all(
+    cfg: Config, arm: Arm, names: Iterable[str], clips: TrainingClips, device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """`finetune` of each named expert on these clips: transformers and flow losses."""
+    experts, flow = {}, {}
+    for name in names:
+        batches = training_batches(cfg, name, clips, device)
+        experts[name], flow[name] = finetune(cfg, arm, name, clips, batches, device)
+    return experts, flow

@@ -28,7 +28,7 @@ from tempolora.rhythm.guidance import Guide, at_frequency, each
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import TARGETS, Arm, Loss, arm, arm_config
 from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks, stored_experts
-from tempolora.study.finetune import finetune, training_batches
+from tempolora.study.finetune import finetune_all
 
 log = logging.getLogger(__name__)
 
@@ -193,12 +193,8 @@ def _trained(
     ranks = settings_ranks(settings)
     cfg = arm_config(made, shared.seed, ranks[way.target], (*settings.overrides, *more))
     training = clips_at_speeds(settings, shared)
-    facts |= {"rank": cfg.lora.rank, "flow": {}}
-    experts = {}
-    for name in way.experts:
-        batches = training_batches(cfg, name, training, shared.device)
-        args = cfg, made, name, training, batches, shared.device
-        experts[name], facts["flow"][name] = finetune(*args)
+    experts, flow = finetune_all(cfg, made, way.experts, training, shared.device)
+    facts |= {"rank": cfg.lora.rank, "flow": flow}
     return experts
 
 

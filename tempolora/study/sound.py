@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tempolora.config import Config, ConfigError
 from tempolora.data import toy
@@ -34,7 +34,7 @@ from tempolora.study.experiment import (
     refuse_other_settings,
     settings_ranks,
 )
-from tempolora.study.finetune import finetune, training_batches
+from tempolora.study.finetune import finetune_all
 from tempolora.timebase import TimeBase
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,9 @@ def record(settings: Settings, way: str, cfg: Config, shared: Seed, guide: Guide
     """The numbers of one way: per metric a value per sample, unguided and guided."""
     facts: dict[str, Any] = {}
     if _arm(way).is_tuned:
-        experts = _trained(_arm(way), cfg, clips_with_clicks(settings, shared), shared, facts)
+        training = clips_with_clicks(settings, shared)
+        experts, flow = finetune_all(cfg, _arm(way), cfg.experts, training, shared.device)
+        facts |= {"rank": cfg.lora.rank, "flow": flow}
     else:
         experts = {n: wan.load_transformer(cfg.model, n, shared.device) for n in cfg.experts}
     text = shared.embedded(toy.captions(shared.scenes))
@@ -198,15 +200,3 @@ def _settings_of(settings: Settings, cfg: Config) -> dict[str, Any]:
     """All that a record depends on, as JSON gives it back."""
     study = {"clips": settings.clips, "samples": settings.samples}
     return cfg.model_dump(mode="json") | {"study": study}
-
-
-def _trained(
-    made: Arm, cfg: Config, training: clips.TrainingClips, shared: Seed, facts: dict[str, Any]
-) -> dict[str, nn.Module]:
-    facts |= {"rank": cfg.lora.rank, "flow": {}}
-    experts = {}
-    for name in cfg.experts:
-        batches = training_batches(cfg, name, training, shared.device)
-        args = cfg, made, name, training, batches, shared.device
-        experts[name], facts["flow"][name] = finetune(*args)
-    return experts
