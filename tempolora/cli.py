@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tempo",
         type=float,
         metavar="SPEED",
-        help="how fast, with --tempo-lora: 2 is twice the base model's tempo, 0.5 half of it",
+        help="how fast: 2 is twice the tempo that the video would have, 0.5 half of it; by the "
+        "adapter of --tempo-lora, or without one by sampling twice and guidance",
     )
     _add_rhythm_options(sample)
     export = command("export", _export, "Write a checkpoint's LoRA as a file that tools load.")
@@ -139,7 +140,7 @@ def _add_rhythm_options(sample: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="how far guidance pushes the clean estimate in each step, as a share of its own norm, "
-        "above 0 and up to 1; by default 0.5 for a soundtrack and 1 for --guide-hz",
+        "above 0 and up to 1; by default 0.5 for a soundtrack or --tempo and 1 for --guide-hz",
     )
     rhythm.add_argument(
         "--guide-sigma",
@@ -281,8 +282,8 @@ def _sample(options: argparse.Namespace) -> None:
         for path in paths:
             if not path.exists():
                 raise ConfigError(f"{flag}: there is no {path}")
-    if bool(options.tempo_lora) != (options.tempo is not None):
-        raise ConfigError("--tempo and --tempo-lora go together: the speed, and what knows of it")
+    if options.tempo_lora and options.tempo is None:
+        raise ConfigError("--tempo-lora: at which speed? Give --tempo as well")
     if options.tempo is not None and not 0.25 <= options.tempo <= 4:
         raise ConfigError(f"--tempo: given {options.tempo:g}; allowed: 0.25 to 4")
     rhythm = _rhythm(options)
@@ -310,7 +311,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _rhythm(options: argparse.Namespace):
     """What the options ask of the video's rhythm and sound; None if nothing."""
-    guided = options.soundtrack is not None or options.guide_hz is not None
+    speed = None if options.tempo_lora or options.tempo == 1 else options.tempo
+    guided = (options.soundtrack, options.guide_hz, speed) != (None, None, None)
     asked = {
         "strength": options.guide_strength,
         "sigma": options.guide_sigma,
@@ -320,12 +322,20 @@ def _rhythm(options: argparse.Namespace):
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and not guided:
         flag = "--readout" if "readout" in asked else f"--guide-{next(iter(asked))}"
-        raise ConfigError(f"{flag}: nothing is guided; give --soundtrack or --guide-hz as well")
+        raise ConfigError(
+            f"{flag}: nothing is guided; give --soundtrack, --guide-hz or --tempo as well"
+        )
     if not guided and not options.click:
         return None
     from tempolora.results.guide import Rhythm
 
-    return Rhythm(soundtrack=options.soundtrack, hz=options.guide_hz, click=options.click, **asked)
+    return Rhythm(
+        soundtrack=options.soundtrack,
+        hz=options.guide_hz,
+        speed=speed,
+        click=options.click,
+        **asked,
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

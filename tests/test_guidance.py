@@ -1,5 +1,7 @@
 """Guidance: its gradient, what it does to latents and to TinyWan's videos, and what is heard."""
 
+import logging
+import re
 from functools import partial
 
 import av
@@ -14,7 +16,8 @@ from tempolora.data import toy
 from tempolora.data.readout import load_readout
 from tempolora.data.soundtrack import RATE_HZ, read_soundtrack
 from tempolora.data.toy_set import click_track, draw_frames
-from tempolora.results.guide import FREQUENCY, SOUNDTRACK, Rhythm, heard, own_beats
+from tempolora.results import guide
+from tempolora.results.guide import FREQUENCY, SOUNDTRACK, SPEED, Rhythm, heard, own_beats
 from tempolora.results.sample import sample_latents
 from tempolora.rhythm.guidance import (
     Guide,
@@ -25,6 +28,7 @@ from tempolora.rhythm.guidance import (
     score_and_gradient,
 )
 from tempolora.rhythm.readout import Readout
+from tempolora.timebase import TimeBase
 
 FPS, FRAMES, SAMPLES, LATENT_FRAMES = 16, 49, 48, 13
 BEATS_S = np.arange(0.3, 3, 0.5)
@@ -355,7 +359,12 @@ def test_decoding_that_takes_too_long_is_stopped(song):
     [
         (["--guide-hz", "2", "--soundtrack", "a.wav"], "--guide-hz: --soundtrack guides already"),
         (["--guide-hz", "0.1"], "--guide-hz: 0.1 cannot be asked for"),
-        (["--guide-hz", "4.1"], "--guide-hz: 4.1 cannot be asked for"),
+        (["--guide-hz", "6.1"], "--guide-hz: 6.1 cannot be asked for"),
+        (["--guide-hz", "2", "--tempo", "2"], "--tempo: --guide-hz guides already"),
+        (["--tempo", "5"], "--tempo: given 5; allowed: 0.25 to 4"),
+        (["--tempo", "nan"], "--tempo: given nan"),
+        (["--tempo", "1", "--guide-strength", "0.1"], "--guide-strength: nothing is guided"),
+        (["--tempo-lora", "."], "--tempo-lora: at which speed"),
         (["--guide-hz", "2", "--steps", "3"], "--guide-sigma: of 3 steps none but the last"),
         (["--guide-hz", "nan"], "--guide-hz: nan cannot be asked for"),
         (["--guide-hz", "2", "--guide-strength", "0"], "--guide-strength: 0 is not above 0"),
@@ -402,10 +411,49 @@ def test_without_shards_a_readout_is_fitted_once(tmp_path, monkeypatch, caplog):
     assert streams(out)[:2] == (17, pytest.approx(17 / 16, abs=1024 / RATE_HZ))
 
 
+def test_tempo_without_an_adapter_makes_a_video_again_at_its_own_frequency_times_it(
+    tmp_path, toy_shards, caplog
+):
+    caplog.set_level(logging.INFO, "tempolora")
+    plain, fast, again = (tmp_path / name for name in ("plain.mp4", "fast.mp4", "again.mp4"))
+    assert main(sample_command(plain, toy_shards, "--tempo", "1", "--click")) == 0
+    assert "sampled again" not in caplog.text
+    assert main(sample_command(fast, toy_shards, "--tempo", "1.5", "--click")) == 0
+    own, asked = map(float, re.search(r"at ([\d.]+) Hz .* at ([\d.]+) Hz", caplog.text).groups())
+    assert asked == pytest.approx(1.5 * own, abs=0.02)
+    assert streams(fast)[:2] == (17, pytest.approx(17 / 16, abs=1024 / RATE_HZ))
+    assert main(sample_command(again, toy_shards, "--click")) == 0
+    assert plain.read_bytes() == again.read_bytes() != fast.read_bytes()
+
+
+def test_a_video_that_stands_still_stays_as_it_is(readout, caplog):
+    caplog.set_level(logging.INFO, "tempolora")
+    still_FHW3 = np.full((FRAMES, 16, 16, 3), 90, np.uint8)
+    clock = TimeBase(FPS, FRAMES)
+    assert guide._retimed(clock, readout, Rhythm(speed=2.0), still_FHW3) is None
+    assert "nothing moves" in caplog.text
+
+
+def test_a_held_push_turns_what_changes_and_keeps_its_length(readout):
+    """The mean over time moves as pushed; what deviates from it is as long as before."""
+    x0_hat, score = latents(2), SCORES["hz"]
+    free, held = (
+        Guide(readout, score, 0.5, (0.0, 1.0), hold=hold)(x0_hat, 0.7) for hold in (False, True)
+    )
+    mean = free.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(held.mean(dim=2, keepdim=True), mean)
+    before, kept = ((x - x.mean(dim=2, keepdim=True)).flatten(1) for x in (x0_hat, held))
+    torch.testing.assert_close(kept.norm(dim=1), before.norm(dim=1))
+    along = torch.nn.functional.cosine_similarity(kept, (free - mean).flatten(1))
+    torch.testing.assert_close(along, torch.ones_like(along))
+    assert (score(readout.luminance(held)) > score(readout.luminance(x0_hat))).all()
+
+
 def test_defaults_in_the_help_are_the_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    strengths = f"by default {SOUNDTRACK:g} for a soundtrack and {FREQUENCY:g} for --guide-hz"
+    assert SOUNDTRACK == SPEED
+    strengths = f"by default {SOUNDTRACK:g} for a soundtrack or --tempo and {FREQUENCY:g} for"
     assert strengths in said
     assert "by default {:g} {:g}".format(*Rhythm().sigma) in said

@@ -11,6 +11,7 @@ from test_study import TINY
 
 from tempolora.config import ConfigError
 from tempolora.model import lora, tinywan, wan
+from tempolora.results import guide
 from tempolora.study import clips, experiment, finetune, knob, knob_page
 from tempolora.study.__main__ import main
 
@@ -97,21 +98,23 @@ def test_guidance_is_asked_for_each_videos_own_frequency_times_the_speed(setting
     settings = replace(settings, overrides=(*settings.overrides, "output.sample_steps=4"))
     seed, asked = experiment.Seed(settings, 0), []
     clock = seed.cfg.timebase
-    real = knob.at_frequency
+    real = guide.at_frequency
 
     def noted(samples, fps, hz):
         asked.append(hz)
         return real(samples, fps, hz)
 
-    monkeypatch.setattr(knob, "at_frequency", noted)
+    monkeypatch.setattr(guide, "at_frequency", noted)
     (way,) = knob.ways(["guide"])
-    found = knob.record(settings, way, seed)
+    found, clips_ANFHW3 = knob.record(settings, way, seed)
     own_N = 2 ** np.array(found["metrics"]["hz_log2"][2])
     wanted = [own_N * 2**step for step in knob.ASKED if step]
-    wanted = np.clip(wanted, 1.01 * clock.fps / clock.samples, clock.latent_fps)
+    wanted = np.clip(wanted, 1.01 * clock.fps / clock.samples, 6.0)
     np.testing.assert_allclose(np.reshape(asked, (4, 2)), wanted, rtol=1e-4)
     middle, faster = (found["metrics"]["amplitude_log2"][n] for n in (2, 4))
     assert middle != faster
+    assert clips_ANFHW3.shape[:2] == (5, 2) and clips_ANFHW3.dtype == torch.uint8
+    assert not torch.equal(clips_ANFHW3[2], clips_ANFHW3[4])
 
 
 @pytest.mark.parametrize("name", ["time_16", "random_16/high", "nothing/high", "time_16/some"])
@@ -146,6 +149,7 @@ def test_slope_fit_and_order_of_a_known_knob(tmp_path):
         "| `tinywan: rope` | 2 x 200 | +0.90 [+0.90, +0.90] | 1.000 | 0.98, 0.98 |"
     )
     assert "| +0.250 | +0.000 |" in row
+    assert row.endswith("| slope, amplitude |")  # the interval's end is at 0.9, not beyond it
     assert knob_page.knob_section(tmp_path / "tinywan") == []
 
 

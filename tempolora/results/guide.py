@@ -1,7 +1,9 @@
 """What a sampled video shall move to, and what is heard with it.
 
 Before sampling: a soundtrack or a frequency, and a readout of the VAE, become a guide for the
-sampler. After it: the soundtrack, and clicks on the video's own beats, become its sound.
+sampler. For another speed the video is sampled twice: as it is, to measure its frequency, and then
+guided to that times the speed. After it: the soundtrack, and clicks on the video's own beats,
+become its sound.
 """
 
 import logging
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.audio import onset_envelope
@@ -20,34 +23,40 @@ from tempolora.data.toy_set import click_track
 from tempolora.model.encoders import WanEncoders
 from tempolora.model.memory import free_memory
 from tempolora.rhythm import metrics
-from tempolora.rhythm.guidance import Guide, Score, at_frequency, change_times, on_beat
+from tempolora.rhythm.guidance import Guide, Score, at_frequency, change_times, each, on_beat
 from tempolora.rhythm.readout import Readout
+from tempolora.timebase import TimeBase
 
 logger = logging.getLogger(__name__)
 
-SOUNDTRACK, FREQUENCY = 0.5, 1.0  # strengths by default
+SOUNDTRACK, FREQUENCY, SPEED = 0.5, 1.0, 0.5  # strengths by default
+SIGMA = (0.5, 0.95)
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """What is asked for. strength and sigma are those of `Guide`; None: SOUNDTRACK or FREQUENCY.
+    """What is asked for. strength and sigma are those of `Guide`; strength None: the default.
 
     soundtrack: a file with sound, to follow and to be heard. beat: what shall fall on its onsets,
-    "hit" (motion is fastest) or "rest" (it stands). hz: a frequency to move at. readout: its file;
-    without one it is found or fitted. click: the video's own beats are heard.
+    "hit" (motion is fastest) or "rest" (it stands). hz: a frequency to move at. speed: a factor on
+    the video's own frequency. readout: its file; without one it is found or fitted. click: the
+    video's own beats are heard.
     """
 
     soundtrack: Path | None = None
     beat: str = "hit"
     hz: float | None = None
+    speed: float | None = None
     strength: float | None = None
-    sigma: tuple[float, float] = (0.5, 0.95)
+    sigma: tuple[float, float] = SIGMA
     readout: Path | None = None
     click: bool = False
 
     def __post_init__(self) -> None:
-        if self.soundtrack is not None and self.hz is not None:
-            raise ConfigError("--guide-hz: --soundtrack guides already; give one of them")
+        asked = {"--soundtrack": self.soundtrack, "--guide-hz": self.hz, "--tempo": self.speed}
+        first, *more = [flag for flag, value in asked.items() if value is not None] or [None]
+        if more:
+            raise ConfigError(f"{more[0]}: {first} guides already; give one of them")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"--guide-strength: {self.strength:g} is not above 0 and up to 1")
         low, high = self.sigma
@@ -64,9 +73,8 @@ def prepare(cfg: Config, rhythm: Rhythm, device: torch.device) -> dict:
     cannot carry, and a readout that is missing, damaged or of another VAE.
     """
     given = {"click": rhythm.click}
-    score = None
+    clock = cfg.timebase
     if rhythm.soundtrack is not None:
-        clock = cfg.timebase
         audio = read_soundtrack(rhythm.soundtrack, clock.duration_s, cfg.data.decode_timeout_s)
         times_s = change_times(clock.samples, clock.fps)
         envelope_G = torch.from_numpy(onset_envelope(audio, RATE_HZ, times_s))
@@ -75,23 +83,79 @@ def prepare(cfg: Config, rhythm: Rhythm, device: torch.device) -> dict:
         except ValueError as error:
             raise ConfigError(f"{OPTION}: {rhythm.soundtrack}: {error}") from None
         given["soundtrack"] = audio
-    elif rhythm.hz is not None:
-        highest = cfg.timebase.latent_fps
-        if rhythm.hz > highest:
-            raise ConfigError(
-                f"--guide-hz: {rhythm.hz:g} cannot be asked for: above the rate of latent frames, "
-                f"{highest:g} Hz, it has not been shown to work; ask for less"
-            )
-        try:
-            score = at_frequency(cfg.timebase.samples, cfg.timebase.fps, rhythm.hz)
-        except ValueError as error:
-            raise ConfigError(f"--guide-hz: {rhythm.hz:g} cannot be asked for: {error}") from None
-    if score is not None:
         given["guide"] = _guide(cfg, rhythm, score, device)
+    elif rhythm.hz is not None:
+        given["guide"] = _guide(cfg, rhythm, _at(clock, rhythm.hz), device)
+    elif rhythm.speed is not None:
+        readout = _readout(cfg, rhythm, device)
+        given["retime"] = lambda frames_FHW3: _retimed(clock, readout, rhythm, frames_FHW3)
     return given
 
 
+def _at(clock: TimeBase, hz: float) -> Score:
+    if hz > highest_hz(clock):
+        raise ConfigError(
+            f"--guide-hz: {hz:g} cannot be asked for: above {highest_hz(clock):g} Hz, for clips of "
+            f"{clock.fps:g} fps, it has not been shown to work; ask for less"
+        )
+    try:
+        return at_frequency(clock.samples, clock.fps, hz)
+    except ValueError as error:
+        raise ConfigError(f"--guide-hz: {hz:g} cannot be asked for: {error}") from None
+
+
+def highest_hz(clock: TimeBase) -> float:
+    """The highest frequency that guidance has been shown to meet: 6 Hz at 16 fps."""
+    return 1.5 * clock.latent_fps
+
+
+def speed_guide(
+    clock: TimeBase,
+    readout: Readout,
+    own_hz_N: Tensor,
+    speed: float,
+    strength: float = SPEED,
+    sigma: tuple[float, float] = SIGMA,
+) -> Guide:
+    """Guide for N videos, each to its own frequency in Hz times the speed.
+
+    Kept to what a clip can carry and guidance can meet; a video that does not move (NaN) is guided
+    to the speed itself in Hz. At a lower speed it moves as much as without (`Guide.hold`): a push
+    to slow changes is large in latents, where they lie between latent frames.
+    """
+    slowest = 1.01 * clock.fps / clock.samples
+    hz_N = (own_hz_N.nan_to_num(1.0) * speed).clamp(slowest, highest_hz(clock))
+    score = each([at_frequency(clock.samples, clock.fps, hz) for hz in hz_N.tolist()])
+    return Guide(readout, score, strength, sigma, hold=speed < 1)
+
+
+def _retimed(
+    clock: TimeBase, readout: Readout, rhythm: Rhythm, frames_FHW3: np.ndarray
+) -> Guide | None:
+    """What guides a video, seen as it is, to the speed; None where there is nothing to change."""
+    hz_1, share_1 = _own_hz(frames_FHW3, clock.fps)
+    if hz_1.isnan().any():
+        logger.info("tempo: nothing moves, so there is nothing to make faster or slower")
+        return None
+    hz, speed = hz_1.item(), rhythm.speed
+    logger.info(
+        "tempo: by itself it moves at %.2f Hz (confidence %.2f); it is sampled again at %.2f Hz",
+        hz,
+        share_1.item(),
+        hz * speed,
+    )
+    if hz * speed > highest_hz(clock):
+        logger.warning("tempo: %.2f Hz is the most that can be asked for", highest_hz(clock))
+    return speed_guide(clock, readout, hz_1, speed, rhythm.strength or SPEED, rhythm.sigma)
+
+
 def _guide(cfg: Config, rhythm: Rhythm, score: Score, device: torch.device) -> Guide:
+    default = FREQUENCY if rhythm.soundtrack is None else SOUNDTRACK
+    readout = _readout(cfg, rhythm, device)
+    return Guide(readout, score, rhythm.strength or default, rhythm.sigma)
+
+
+def _readout(cfg: Config, rhythm: Rhythm, device: torch.device) -> Readout:
     coder = WanEncoders(cfg, device)
     if rhythm.readout is None:
         readout = readout_of_vae(cfg, coder)
@@ -99,8 +163,7 @@ def _guide(cfg: Config, rhythm: Rhythm, score: Score, device: torch.device) -> G
         readout = _named_readout(cfg, coder, rhythm.readout)
     del coder
     free_memory(device)
-    default = FREQUENCY if rhythm.soundtrack is None else SOUNDTRACK
-    return Guide(readout, score, rhythm.strength or default, rhythm.sigma)
+    return readout
 
 
 def _named_readout(cfg: Config, coder: WanEncoders, path: Path) -> Readout:
@@ -142,10 +205,9 @@ def heard(
 
 def own_beats(frames_FHW3: np.ndarray, fps: float) -> np.ndarray:
     """Times in s at which the motion of uint8 frames comes to rest; says them and their tempo."""
-    video_1F3HW = torch.from_numpy(frames_FHW3)[None].movedim(-1, 2) / 255
-    luma_1FHW = metrics.luminance(video_1F3HW)
-    beats_s = metrics.motion_beats(metrics.motion_curve(luma_1FHW)[0].double().numpy(), fps)
-    hz_1, share_1 = metrics.dominant_hz(luma_1FHW.flatten(2).double(), fps)
+    curve_1G = metrics.motion_curve(_luma(frames_FHW3))
+    beats_s = metrics.motion_beats(curve_1G[0].double().numpy(), fps)
+    hz_1, share_1 = _own_hz(frames_FHW3, fps)
     if hz_1.isnan().any():
         logger.info("clicks: nothing moves, so there is no beat")
     else:
@@ -159,3 +221,13 @@ def own_beats(frames_FHW3: np.ndarray, fps: float) -> np.ndarray:
             share_1.item(),
         )
     return beats_s
+
+
+def _own_hz(frames_FHW3: np.ndarray, fps: float) -> tuple[Tensor, Tensor]:
+    """`metrics.dominant_hz` of one video: Hz (1,), share (1,)."""
+    return metrics.dominant_hz(_luma(frames_FHW3).flatten(2).double(), fps)
+
+
+def _luma(frames_FHW3: np.ndarray) -> Tensor:
+    video_1F3HW = torch.from_numpy(frames_FHW3)[None].movedim(-1, 2) / 255
+    return metrics.luminance(video_1F3HW)

@@ -144,7 +144,8 @@ def _check_guided(variant: Variant, steps: int, rhythm: Rhythm) -> None:
     """Raise ConfigError where no step would be guided."""
     low, high = rhythm.sigma
     answered = _scheduler(variant, steps).sigmas[: steps - 1]
-    guided = rhythm.soundtrack is not None or rhythm.hz is not None
+    asked = (rhythm.soundtrack, rhythm.hz, rhythm.speed)
+    guided = any(value is not None for value in asked)
     if guided and not ((answered >= low) & (answered <= high)).any():
         raise ConfigError(
             f"--guide-sigma: of {steps} steps none but the last has a sigma from {low:g} to "
@@ -173,6 +174,7 @@ def sample_video(
     condition: Tensor | None = None,
     first_latent: Tensor | None = None,
     guide: Guide | None = None,
+    retime: Callable[[np.ndarray], Guide | None] | None = None,
     soundtrack: np.ndarray | None = None,
     click: bool = False,
 ) -> Path:
@@ -181,7 +183,8 @@ def sample_video(
     text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
     entry the expert is the base model. tempo: adapters beside them, and the speed. condition:
     (C, T, H, W) encoded condition of I2V-A14B; first_latent: (C, 1, H, W) clean first latent frame
-    of 5B image to video, both normalised.
+    of 5B image to video, both normalised. retime: given the finished video's uint8 frames, the
+    guide to sample it again with, if any.
     soundtrack: float (samples, 2) at RATE_HZ, heard from the first frame on. click: a click on each
     beat of the video's own motion is heard too.
     Raises ConfigError, before anything large is loaded, for a LoRA of an expert that the model does
@@ -204,24 +207,31 @@ def sample_video(
             apply_lora_file(transformer, tempo.loras[name], math.log2(tempo.speed))
         return transformer.eval()
 
-    latents_BCTHW = sample_latents(
-        load_expert,
-        variant,
-        draw_noise((1, *cfg.latent_shape), seed).to(device),
-        pad_text([text_LD]).to(device),
-        pad_text([negative_LD]).to(device),
-        steps=steps,
-        condition_BCTHW=None
-        if condition is None
-        else condition_channels(condition[None]).to(device),
-        first_BC1HW=None if first_latent is None else first_latent[None].to(device),
-        guide=guide,
-    )
-    free_memory(device)
-    vae = load_vae(cfg.model, device)
-    frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
-    del vae
-    free_memory(device)
+    def frames_with(guide: Guide | None) -> np.ndarray:
+        latents_BCTHW = sample_latents(
+            load_expert,
+            variant,
+            draw_noise((1, *cfg.latent_shape), seed).to(device),
+            pad_text([text_LD]).to(device),
+            pad_text([negative_LD]).to(device),
+            steps=steps,
+            condition_BCTHW=None
+            if condition is None
+            else condition_channels(condition[None]).to(device),
+            first_BC1HW=None if first_latent is None else first_latent[None].to(device),
+            guide=guide,
+        )
+        free_memory(device)
+        vae = load_vae(cfg.model, device)
+        frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
+        del vae
+        free_memory(device)
+        return frames_FHW3
+
+    frames_FHW3 = frames_with(guide)
+    if retime is not None:
+        guide = retime(frames_FHW3)
+        frames_FHW3 = frames_FHW3 if guide is None else frames_with(guide)
     sound = heard(frames_FHW3, cfg.timebase.fps, soundtrack, click)
     write_mp4(out, frames_FHW3, cfg.timebase.fps, *([] if sound is None else [sound, RATE_HZ]))
     logger.info("wrote %s", out)

@@ -123,13 +123,15 @@ class Guide:
     only: its length depends on how much moves and on the readout's units, and is largest where
     almost nothing moves yet. Measured by x0_hat, one strength means the same for every size, length
     and VAE. sigma: lowest and highest noise level, 0..1, at which it pushes; elsewhere x0_hat
-    itself is returned.
+    itself is returned. hold: what the push adds to the latents' change over time is taken back by
+    scale, so that the tempo changes and not how much moves.
     """
 
     readout: Readout
     score: Score
     strength: float
     sigma: tuple[float, float]
+    hold: bool = False
 
     def __call__(self, x0_hat_BCTHW: Tensor, sigma: float) -> Tensor:
         low, high = self.sigma
@@ -138,4 +140,14 @@ class Guide:
         _, gradient = score_and_gradient(x0_hat_BCTHW, self.readout, self.score)
         length_B, norm_B = (x.flatten(1).norm(dim=1) for x in (gradient, x0_hat_BCTHW))
         share_B = self.strength * norm_B / length_B.clamp(min=torch.finfo(length_B.dtype).tiny)
-        return x0_hat_BCTHW + share_B[:, None, None, None, None] * gradient
+        pushed_BCTHW = x0_hat_BCTHW + share_B[:, None, None, None, None] * gradient
+        return _as_lively(pushed_BCTHW, x0_hat_BCTHW) if self.hold else pushed_BCTHW
+
+
+def _as_lively(latents_BCTHW: Tensor, model_BCTHW: Tensor) -> Tensor:
+    """Latents whose distance from their own mean over time is as long as that of a model."""
+    mean_BC1HW = latents_BCTHW.mean(dim=2, keepdim=True)
+    change = latents_BCTHW - mean_BC1HW
+    wanted = model_BCTHW - model_BCTHW.mean(dim=2, keepdim=True)
+    scale_B = wanted.flatten(1).norm(dim=1) / (change.flatten(1).norm(dim=1) + TINY)
+    return mean_BC1HW + scale_B[:, None, None, None, None] * change

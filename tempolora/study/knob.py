@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tempolora.config import ConfigError
 from tempolora.data import toy
 from tempolora.data.shards import Sample
-from tempolora.files import write_json
+from tempolora.files import replacing, write_json
 from tempolora.model import lora, wan
-from tempolora.results.guide import FREQUENCY, Rhythm
-from tempolora.rhythm.guidance import Guide, at_frequency, each
+from tempolora.results.guide import speed_guide
 from tempolora.study import clips, measure, videos
 from tempolora.study.arms import TARGETS, Arm, Loss, arm, arm_config
 from tempolora.study.experiment import Seed, Settings, numbers, settings_ranks, stored_experts
@@ -41,6 +42,7 @@ BESIDE = "+ours"
 SPEEDS = (0.5, 0.71, 1.41, 2.0)
 ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log2 of the speed
 UNTRAINED = ("words", "rope", "guide")
+SHOWN = 3
 THETA = 10_000.0  # of Wan's RoPE
 WORDS_HZ = {"slow": 0.75, "steady": 1.73, "fast": 4.0}  # the middles of the thirds they name
 KEPT = (
@@ -104,7 +106,10 @@ def run(settings: Settings, chosen: list[Way], seeds: list[int]) -> int:
             ours = settings.path(arm(settings.ours), seed, ".safetensors")
             if way.beside and not ours.is_file():
                 raise ConfigError(f"--ways: {way.name} needs {ours}; `study run` that arm first")
-            write_json(path, record(settings, way, shared))
+            numbers_of, clips_ANFHW3 = record(settings, way, shared)
+            with replacing(clips_path(path)) as temporary:
+                save_file({"clips": clips_ANFHW3}, temporary)
+            write_json(path, numbers_of)
             log.info("%s, seed %d: measured", way.name, seed)
             written += 1
     return written
@@ -127,8 +132,16 @@ def clips_at_speeds(settings: Settings, shared: Seed) -> clips.TrainingClips:
     return replace(shared.training, samples=samples)
 
 
-def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
-    """The numbers of one way: per metric a list per asked speed, of a value per sample."""
+def clips_path(record: Path) -> Path:
+    """Where the clips of a record lie: uint8 (A, SHOWN, F, H, W, 3), of A asked speeds."""
+    return record.with_suffix(".clips.safetensors")
+
+
+def record(settings: Settings, way: Way, shared: Seed) -> tuple[dict[str, Any], Tensor]:
+    """The numbers of one way: per metric a list per asked speed, of a value per sample; and clips.
+
+    The clips are of those samples in BASE_HZ whose own motion is most clearly at one frequency.
+    """
     cfg, facts = shared.cfg, {}
     experts = {name: wan.load_transformer(cfg.model, name, shared.device) for name in cfg.experts}
     asked: tuple[float, ...] = ASKED
@@ -149,17 +162,13 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
                 return _sample(shared, experts)
 
     elif kind == "guide":
-        clock = cfg.timebase
         own = cache(lambda: _sample(shared, experts))
 
         def sample(step: float) -> Tensor:
             if not step:
                 return own()
-            own_N = 2 ** measure.log2_hz(own(), clock.fps)[0]
-            slowest = 1.01 * clock.fps / clock.samples  # that the clip can carry
-            asked_N = (own_N * 2**step).clamp(slowest, clock.latent_fps)
-            scores = [at_frequency(clock.samples, clock.fps, hz) for hz in asked_N.tolist()]
-            guide = Guide(shared.guiding_readout, each(scores), FREQUENCY, Rhythm().sigma)
+            own_hz_N = 2 ** measure.log2_hz(own(), cfg.timebase.fps)[0]
+            guide = speed_guide(cfg.timebase, shared.guiding_readout, own_hz_N, 2**step)
             return _sample(shared, experts, guide=guide)
 
     else:
@@ -173,6 +182,11 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
     shown = {step: sample(step) for step in asked}
     middle = shown[min(asked, key=abs)]
     values = [measure.measure(shared.asked, shown[step], middle)[0] for step in asked]
+    own = values[asked.index(0.0)]
+    low, high = (np.log2(hz) for hz in BASE_HZ)
+    fits_N = (own["hz_log2"] >= low) & (own["hz_log2"] <= high)
+    clearest = (own["hz_share"] * fits_N).nan_to_num().argsort(descending=True)[:SHOWN]
+    clips_ANFHW3 = torch.stack([shown[step][clearest].cpu() for step in asked])
     return {
         "format": FORMAT,
         "way": way.name,
@@ -182,7 +196,7 @@ def record(settings: Settings, way: Way, shared: Seed) -> dict[str, Any]:
         **facts,
         "kind": shared.scenes.kinds,
         "metrics": {name: [numbers(value[name]) for value in values] for name in KEPT},
-    }
+    }, clips_ANFHW3
 
 
 def _trained(

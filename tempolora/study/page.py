@@ -13,7 +13,7 @@ from tempolora.study import compare
 from tempolora.study.arms import BASE, DATA, PRIMARY, REST, arm
 from tempolora.study.compare import REFERENCE, Runs, cell
 from tempolora.study.experiment import read_records, record_path
-from tempolora.study.knob_page import knob_section
+from tempolora.study.knob_page import draw_knob, knob_section
 from tempolora.study.pictures import draw_scatter, draw_spectra, write_gif
 from tempolora.study.sound_page import sound_section
 
@@ -95,6 +95,7 @@ def write_page(out: Path, docs: Path, plain: str, ours: str) -> Path:
         write_gif(clips, docs / f"{name}.gif")
     parts.append(_pictures(names, seed))
     parts += ["\n".join(section(out)) for section in (knob_section, sound_section)]
+    draw_knob(out, docs)
     results = "\n".join(parts)
     with replacing(docs / TABLES) as temporary:
         temporary.write_text("\n".join(tables), "utf-8")

@@ -1,4 +1,4 @@
-"""The page's pictures: spectra, flicker against motion, and clips side by side as gifs."""
+"""The page's pictures: spectra, flicker against motion, and clips side by side."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tempolora.config import ConfigError
+from tempolora.data.video import write_mp4
 from tempolora.files import replacing
 from tempolora.study import compare
 from tempolora.study.compare import REFERENCE, Runs
@@ -18,6 +19,7 @@ SCALES = (4, 3, 2, 1)  # of a pixel; the largest that keeps the file small
 MOST_BYTES = 1_500_000
 FRAME_MS = 60  # gifs count in 10 ms, and 16 fps are 62.5
 COLOURS = 128
+SPEED_SCALE = 2  # of a pixel in the video of speeds
 
 
 def draw_spectra(runs: Runs, arms: list[str], path: Path) -> None:
@@ -94,13 +96,42 @@ def write_gif(clips_path: Path, path: Path) -> None:
             return
 
 
-def _grid(clips_NFHW3: np.ndarray) -> np.ndarray:
+def draw_speeds(clips_path: Path, speeds: list[float], fps: float, docs: Path) -> None:
+    """One video at several speeds: `knob.png`, a line of pixels over time, and `knob.mp4`.
+
+    clips_path: uint8 (A, N, F, H, W, 3), of A speeds. A row of either has one noise and caption.
+    """
+    clips_ANFHW3 = load_file(clips_path)["clips"]
+    speed_count, rows, frames = clips_ANFHW3.shape[:3]
+    figure = Figure(figsize=(2 * speed_count, 1.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, speed_count, sharex=True, squeeze=False)
+    for n in range(rows):
+        line = clips_ANFHW3[:, n].astype(np.float64).var(axis=1).sum(axis=(0, 2, 3)).argmax()
+        for axes, speed, clip_FHW3 in zip(grid[n], speeds, clips_ANFHW3[:, n], strict=True):
+            axes.imshow(
+                clip_FHW3[:, line].transpose(1, 0, 2),
+                aspect="auto",
+                extent=(0, frames / fps, 0, 1),
+                interpolation="nearest",
+            )
+            axes.set_yticks([])
+            if n == 0:
+                axes.set_title(f"speed {speed:.2g}")
+            if n + 1 == rows:
+                axes.set_xlabel("s")
+    _save(figure, docs / "knob.png")
+    columns = [_grid(clips_NFHW3, columns=1) for clips_NFHW3 in clips_ANFHW3]
+    video_FHW3 = np.concatenate(columns, axis=2).repeat(SPEED_SCALE, 1).repeat(SPEED_SCALE, 2)
+    write_mp4(docs / "knob.mp4", video_FHW3, fps)
+
+
+def _grid(clips_NFHW3: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
     """Clips beside and below each other with white margins, (F, H, W, 3)."""
     margins = ((0, 0), (MARGIN_PX, MARGIN_PX), (MARGIN_PX, MARGIN_PX), (0, 0))
     framed = [np.pad(clip, margins, constant_values=255) for clip in clips_NFHW3]
     empty = np.full_like(framed[0], 255)
-    framed += [empty] * (-len(framed) % COLUMNS if len(framed) > COLUMNS else 0)
-    rows = [framed[n : n + COLUMNS] for n in range(0, len(framed), COLUMNS)]
+    framed += [empty] * (-len(framed) % columns if len(framed) > columns else 0)
+    rows = [framed[n : n + columns] for n in range(0, len(framed), columns)]
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
 
 
