@@ -53,8 +53,9 @@ class ModelConfig(_Section):
     """"random" builds the full-size architecture at random weights (for speed trials)."""
     expert: Literal["high", "low", "both"] | None = None
     """Which expert to train; by default both. A one-transformer model takes none."""
-    base: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the frozen weights."""
+    base: Literal["bf16", "fp8", "fp32"] = "bf16"
+    """Number format of the frozen weights. fp8: the transformer blocks' linear layers in 8 bits,
+    with a scale per row; the rest bf16."""
     files: ModelFiles = ModelFiles()
     """Single-file checkpoints to read in place of parts of the folder."""
 
@@ -183,10 +184,15 @@ class TrainConfig(_Section):
     the flow loss's unit; keeps looks as they are. Text to video only; 0: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Keep and export an exponential moving average of the LoRA."""
-    checkpointing: Literal["none", "full"] = "full"
-    """Gradient checkpointing: none, or every transformer block is recomputed."""
-    compile: bool = False
-    """torch.compile each transformer block."""
+    checkpointing: Literal["none", "selective", "full"] = "full"
+    """Gradient checkpointing: none; selective: attention's outputs are kept in every transformer
+    block, and those of all matrix products in `kept_blocks` of them; full: every block is
+    recomputed."""
+    kept_blocks: Count | None = None
+    """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
+    default as many as the GPU's free memory allows."""
+    compile: bool | None = None
+    """torch.compile each transformer block; by default on a GPU, but not with DeepSpeed."""
     seed: Count = 0
     """Seed of LoRA initialisation, data order, noise and sigma."""
     checkpoint_every: Positive = 100
@@ -360,6 +366,11 @@ def _check_lora(cfg: Config) -> None:
         raise ConfigError(
             f"train.anchor_weight: has no meaning with task {cfg.task}, where the first frame is "
             "given; leave it out"
+        )
+    if cfg.train.kept_blocks is not None and cfg.train.checkpointing != "selective":
+        raise ConfigError(
+            f"train.kept_blocks: has no meaning with train.checkpointing "
+            f"{cfg.train.checkpointing!r}; leave it out"
         )
     if cfg.lora.blocks and cfg.lora.blocks[0] >= cfg.lora.blocks[1]:
         raise ConfigError(f"lora.blocks: {list(cfg.lora.blocks)} holds no block (first, end)")

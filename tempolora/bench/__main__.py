@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("guidance", "kernels", "resample", "step")
+NAMES = ("guidance", "kernels", "resample", "rhythm", "step")
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tempolora.config import ConfigError, ModelConfig
+from tempolora.model import fp8
 from tempolora.model.architectures import architecture
 from tempolora.model.location import (
     PART_OF,
@@ -53,7 +54,8 @@ TIMESTEPS = 1000  # the transformer's timestep is TIMESTEPS * sigma
 RANDOM_SEED = 0
 RANDOM_STD = 0.02
 _MIB = 2**20
-_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# of what is not an 8-bit layer
+_DTYPE = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 
 
 # --- Building and loading -------------------------------------------------------------------------
@@ -80,8 +82,9 @@ def load_transformer(
     """The frozen transformer of `expert` ("high", "low" or "single") on `device`.
 
     Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
-    modulation tables). Tensors are cast one by one while they are read. Raises ConfigError if the
-    weights cannot be had or do not fit.
+    modulation tables). Tensors are cast one by one while they are read. With base "fp8" the blocks'
+    linear layers are Fp8Linear, rounded one by one. Raises ConfigError if the weights cannot be had
+    or do not fit.
     """
     part = PART_OF[expert]
     return _load(model, part, device, WanTransformer3DModel, new_transformer, _transformer_keys)
@@ -98,7 +101,11 @@ def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
 def transformer_bytes(model: ModelConfig, expert: str) -> int:
     """Memory of `load_transformer`'s weights in `model.base`, without loading them."""
     module = meta_transformer(model, expert)
-    return sum(p.numel() for p in module.parameters()) * _DTYPE[model.base].itemsize
+    values, bytes_ = sum(p.numel() for p in module.parameters()), 0
+    if model.base == "fp8":
+        rounded, scale_bytes = fp8.quantised_bytes(module)
+        values, bytes_ = values - rounded, rounded + scale_bytes
+    return bytes_ + values * _DTYPE[model.base].itemsize
 
 
 def load_vae(model: ModelConfig, device: torch.device | str) -> AutoencoderKLWan:
@@ -132,17 +139,23 @@ def _load(
     """One part from its source: random weights, a single file, or a folder or hub id."""
     device, dtype = torch.device(device), _DTYPE[model.base]
     path = single_file(model, part)
+    in_fp8 = model.base == "fp8" and cls is WanTransformer3DModel
+    if in_fp8:
+        fp8.check_device(device)
     if model.init == "random":
-        module = _random(new, architecture(model.variant, part), part, dtype, device)
+        config = architecture(model.variant, part)
+        module = _random(new, config, part, dtype, device, in_fp8)
     elif path is not None:
-        module = _from_single_file(new, part_config(model, part), path, part, rename, dtype, device)
+        config = part_config(model, part)
+        module = _from_single_file(new, config, path, part, rename, dtype, device, in_fp8)
     else:
         module, info = _fetch(
             model,
             part,
             cls,
             dtype=dtype,
-            device_map={"": device},  # each tensor goes straight to its device
+            # each tensor goes straight to its device
+            device_map={"": torch.device("cpu") if in_fp8 else device},
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -150,6 +163,8 @@ def _load(
             raise ConfigError(
                 f"model.id: the {part} of {model.id} lacks {min(info['missing_keys'])}"
             )
+        if in_fp8:
+            fp8.move_quantised(module, device)
     return module.requires_grad_(False).eval()
 
 
@@ -171,6 +186,7 @@ def _random(
     part: str,
     dtype: torch.dtype,
     device: torch.device,
+    in_fp8: bool = False,
 ) -> nn.Module:
     """The architecture at normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
 
@@ -178,8 +194,9 @@ def _random(
     """
     module = _on_meta(new, config)
     generator = torch.Generator(device).manual_seed(RANDOM_SEED + _number(part))
-    state = {}
-    for name, parameter in module.named_parameters():
+    state, parameters = {}, list(module.named_parameters())
+    rounded = fp8.swap_on_meta(module) if in_fp8 else set()
+    for name, parameter in parameters:
         kind = dtype if not _kept_fp32(module, name) else torch.float32
         tensor = torch.empty(parameter.shape, dtype=kind, device=device)
         if name.endswith("bias"):
@@ -188,7 +205,7 @@ def _random(
             tensor.fill_(1)
         else:
             tensor.normal_(0, RANDOM_STD, generator=generator)
-        state[name] = tensor
+        state |= _stored(name, tensor, rounded)
     return _materialise(module, state, device)
 
 
@@ -200,6 +217,7 @@ def _from_single_file(
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     dtype: torch.dtype,
     device: torch.device,
+    in_fp8: bool = False,
 ) -> nn.Module:
     """One part from a single file, in diffusers' key names or the original ones.
 
@@ -224,10 +242,19 @@ def _from_single_file(
             f"model.files.{part}: {path} does not fit: {name} is {found}, not {wanted}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
+    rounded = fp8.swap_on_meta(module) if in_fp8 else set()
     for name in list(state):
         kind = torch.float32 if _kept_fp32(module, name) else dtype
-        state[name] = state[name].to(device=device, dtype=kind)
+        state |= _stored(name, state[name].to(device=device, dtype=kind), rounded)
     return _materialise(module, state, device)
+
+
+def _stored(name: str, tensor: Tensor, rounded: set[str]) -> dict[str, Tensor]:
+    """A weight as the module holds it: itself, or 8-bit values and their scale."""
+    if name not in rounded:
+        return {name: tensor}
+    weight, scale = fp8.quantise_rows(tensor)
+    return {name: weight, f"{name.removesuffix('weight')}scale": scale}
 
 
 def _on_meta(new: Callable[[dict[str, Any]], nn.Module], config: dict[str, Any]) -> nn.Module:

@@ -9,18 +9,17 @@ ZeRO. Neither changes the model's own code.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from tempolora.config import Config, ConfigError, TrainConfig
 from tempolora.launched import launched_by_deepspeed
 from tempolora.model.lora import lora_parameters
+from tempolora.train.blocks import prepare_blocks
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -37,6 +36,11 @@ def uses_deepspeed(cfg: Config) -> bool:
 def check_engine(cfg: Config, processes: int) -> None:
     """Raise ConfigError where `parallel.engine` does not go with the number of processes."""
     engine = cfg.parallel.engine
+    if cfg.model.base == "fp8" and uses_deepspeed(cfg):
+        raise ConfigError(
+            'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '
+            'use "bf16", or parallel.engine "fsdp" or "ddp" under torchrun'
+        )
     if engine == "plain" and processes > 1:
         raise ConfigError(
             f'parallel.engine: "plain" runs on one process, {processes} were started; '
@@ -77,13 +81,16 @@ def loading_device(kind: str, cfg: Config, world: World) -> torch.device:
 
 def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -> "Engine":
     """Checkpoint, compile and spread a transformer whose adapters are in place."""
-    for block in transformer.blocks:
-        if cfg.train.checkpointing == "full":
-            # Inside the compiled block, and inside FSDP's hooks: weights gathered for a block's
-            # backward serve its recomputation too.
-            block.forward = _recomputed(block.forward)
-        if cfg.train.compile:
-            block.compile()
+    compiled = cfg.train.compile
+    if compiled is None:  # ZeRO's hooks are in the way of a graph
+        compiled = world.device.type == "cuda" and kind != "deepspeed"
+    prepare_blocks(
+        cfg,
+        transformer,
+        world.device,
+        compiled=compiled,
+        arriving_bytes=_arriving_bytes(kind, transformer, world),
+    )
     if kind == "deepspeed":
         return DeepSpeedEngine(cfg, transformer, world)
     if kind == "fsdp":
@@ -91,14 +98,13 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
     return TorchEngine(cfg.train, transformer, world)
 
 
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward` with gradient checkpointing. A plain function: a functools.partial in its place
-    makes torch.compile pass the whole block over in silence."""
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+def _arriving_bytes(kind: str, transformer: nn.Module, world: World) -> int:
+    """What sharding will yet bring to this GPU: its part, and two blocks gathered whole."""
+    if kind in ("plain", "ddp"):
+        return 0
+    away = [p for p in transformer.parameters() if p.device.type != world.device.type]
+    away_bytes = sum(p.nbytes for p in away)
+    return away_bytes // world.size + 2 * away_bytes // len(transformer.blocks)
 
 
 def _shard(transformer: nn.Module, world: World) -> None:
