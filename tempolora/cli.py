@@ -243,7 +243,8 @@ def _run_precompute(cfg: Config) -> None:
     # Unwind, so that scratch files and decoders go with us.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     rank, size, local_rank = place()
-    precompute(cfg, WanEncoders(cfg, pick_device(local_rank)), rank, size)
+    device = pick_device(local_rank, cfg.parallel.gpu_memory_gib)
+    precompute(cfg, WanEncoders(cfg, device), rank, size)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -304,7 +305,7 @@ def _sample(options: argparse.Namespace) -> None:
         image=options.image,
         seed=options.seed,
         steps=steps,
-        device=pick_device(0),
+        device=pick_device(0, cfg.parallel.gpu_memory_gib),
         rhythm=rhythm,
     )
 

@@ -56,6 +56,9 @@ class ModelConfig(_Section):
     base: Literal["bf16", "fp8", "fp32"] = "bf16"
     """Number format of the frozen weights. fp8: the transformer blocks' linear layers in 8 bits,
     with a scale per row; the rest bf16."""
+    placement: Literal["gpu", "host"] = "gpu"
+    """host: the matrices of transformer blocks and text encoder lie in pinned host memory and are
+    streamed to the GPU as they are used."""
     files: ModelFiles = ModelFiles()
     """Single-file checkpoints to read in place of parts of the folder."""
 
@@ -184,10 +187,10 @@ class TrainConfig(_Section):
     the flow loss's unit; keeps looks as they are. Text to video only; 0: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Keep and export an exponential moving average of the LoRA."""
-    checkpointing: Literal["none", "selective", "full"] = "full"
+    checkpointing: Literal["none", "selective", "full", "offload"] = "full"
     """Gradient checkpointing: none; selective: attention's outputs are kept in every transformer
     block, and those of all matrix products in `kept_blocks` of them; full: every block is
-    recomputed."""
+    recomputed; offload: every third of a block is, from an input kept in pinned host memory."""
     kept_blocks: Count | None = None
     """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
     default as many as the GPU's free memory allows."""
@@ -214,6 +217,8 @@ class ParallelConfig(_Section):
     """ZeRO stage of the deepspeed engine, by default 3."""
     deepspeed: dict[str, Any] = {}
     """Keys laid over the DeepSpeed configuration derived from this file."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Use no more than this of each GPU; by default all of it."""
 
 
 class OutputConfig(_Section):
@@ -325,6 +330,25 @@ def _check_parallel(cfg: Config) -> None:
             raise ConfigError(f"parallel.deepspeed: {key} is derived here; set {ours} instead")
     if "stage" in parallel.deepspeed.get("zero_optimization", {}):
         raise ConfigError("parallel.deepspeed: the stage is set by parallel.zero_stage")
+
+
+def _check_offload(cfg: Config) -> None:
+    host, level = cfg.model.placement == "host", cfg.train.checkpointing
+    if host and level not in ("full", "offload"):
+        raise ConfigError(
+            f"train.checkpointing: {level!r} keeps a use of every weight until the backward pass, "
+            'but model.placement host lends their memory on; use "full" or "offload"'
+        )
+    for key, value, on in (
+        ("model.placement", "host", host),
+        ("train.checkpointing", "offload", level == "offload"),
+    ):
+        if on and cfg.parallel.engine in ("fsdp", "deepspeed"):
+            raise ConfigError(
+                f"{key}: {value} needs parallel.engine plain or ddp, not {cfg.parallel.engine}; "
+                "to shard and offload at once, give the deepspeed engine "
+                '{"zero_optimization": {"offload_param": {"device": "cpu"}}} as parallel.deepspeed'
+            )
 
 
 GOVERNED = {
@@ -459,6 +483,7 @@ CHECKS = (
     _check_sizes,
     _check_data,
     _check_parallel,
+    _check_offload,
     _check_speeds,
     _check_lora,
     _check_rhythm,

@@ -55,7 +55,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
         log.info("%s", check_sound(cfg, reader))
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
     starts = find_resume(cfg, resume, processes)
-    world = join_world(uses_deepspeed(cfg))
+    world = join_world(uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib)
     if world.is_main:
         _prepare_folder(cfg, out, resume, starts)
     world.barrier()

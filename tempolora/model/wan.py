@@ -42,6 +42,7 @@ from tempolora.model.location import (
     source,
     weight_files,
 )
+from tempolora.model.offload import stream_layers, stream_transformer
 from tempolora.variants import TEMPORAL_STRIDE, TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,16 @@ def load_transformer(
 
     Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
     modulation tables). Tensors are cast one by one while they are read. With base "fp8" the blocks'
-    linear layers are Fp8Linear, rounded one by one. Raises ConfigError if the weights cannot be had
-    or do not fit.
+    linear layers are Fp8Linear, rounded one by one. With `model.placement` host the blocks'
+    matrices are in host memory and `device` sees them in turn. Raises ConfigError if the weights
+    cannot be had or do not fit.
     """
-    part = PART_OF[expert]
-    return _load(model, part, device, WanTransformer3DModel, new_transformer, _transformer_keys)
+    part, hosted = PART_OF[expert], "blocks." if model.placement == "host" else None
+    cls, new = WanTransformer3DModel, new_transformer
+    module = _load(model, part, device, cls, new, _transformer_keys, hosted)
+    if hosted:
+        stream_transformer(module, torch.device(device))
+    return module
 
 
 def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
@@ -119,9 +125,12 @@ def load_text(
     """(tokenizer, frozen UMT5 encoder in `model.base` on `device`).
 
     With random weights the tokenizer is TinyWan's, one token per byte, as no vocabulary is at hand.
-    Raises ConfigError as load_transformer does.
+    `model.placement` host as in load_transformer. Raises ConfigError as that does.
     """
-    text_encoder = _load(model, "text_encoder", device, UMT5EncoderModel, new_text_encoder, None)
+    part, hosted = "text_encoder", "encoder.block." if model.placement == "host" else None
+    text_encoder = _load(model, part, device, UMT5EncoderModel, new_text_encoder, None, hosted)
+    if hosted:
+        stream_layers(text_encoder, text_encoder.encoder.block, torch.device(device))
     if model.init == "random":
         model = model.model_copy(update={"id": "tinywan"})
     tokenizer = _fetch(model, "tokenizer", AutoTokenizer)
@@ -135,8 +144,12 @@ def _load(
     cls: type,
     new: Callable[[dict[str, Any]], nn.Module],
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    hosted: str | None = None,
 ) -> Any:
-    """One part from its source: random weights, a single file, or a folder or hub id."""
+    """One part from its source: random weights, a single file, or a folder or hub id.
+
+    hosted: where it is given, nothing whose name begins so is left on the device.
+    """
     device, dtype = torch.device(device), _DTYPE[model.base]
     path = single_file(model, part)
     in_fp8 = model.base == "fp8" and cls is WanTransformer3DModel
@@ -144,8 +157,11 @@ def _load(
         fp8.check_device(device)
     if model.init == "random":
         config = architecture(model.variant, part)
-        module = _random(new, config, part, dtype, device, in_fp8)
-    elif path is not None:
+        module = _random(new, config, part, dtype, device, hosted, in_fp8)
+        return module.requires_grad_(False).eval()
+    if hosted:
+        device = torch.device("cpu")  # whoever asked for it moves the rest
+    if path is not None:
         config = part_config(model, part)
         module = _from_single_file(new, config, path, part, rename, dtype, device, in_fp8)
     else:
@@ -186,6 +202,7 @@ def _random(
     part: str,
     dtype: torch.dtype,
     device: torch.device,
+    hosted: str | None,
     in_fp8: bool = False,
 ) -> nn.Module:
     """The architecture at normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
@@ -205,7 +222,9 @@ def _random(
             tensor.fill_(1)
         else:
             tensor.normal_(0, RANDOM_STD, generator=generator)
-        state |= _stored(name, tensor, rounded)
+        # drawn and rounded on the device, where billions of values take no time
+        home = torch.device("cpu") if hosted and name.startswith(hosted) else device
+        state |= {key: value.to(home) for key, value in _stored(name, tensor, rounded).items()}
     return _materialise(module, state, device)
 
 

@@ -223,6 +223,8 @@ def sample_video(
         )
         free_memory(device)
         vae = load_vae(cfg.model, device)
+        if cfg.model.placement == "host":
+            vae.enable_tiling()  # a quarter of a frame at a time, blended where tiles overlap
         frames_FHW3 = decode_video(vae, latents_BCTHW)[0].cpu().numpy()
         del vae
         free_memory(device)

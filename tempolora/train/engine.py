@@ -20,6 +20,7 @@ from tempolora.config import Config, ConfigError, TrainConfig
 from tempolora.launched import launched_by_deepspeed
 from tempolora.model.lora import lora_parameters
 from tempolora.train.blocks import prepare_blocks
+from tempolora.train.recompute import recompute_blocks
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ def uses_deepspeed(cfg: Config) -> bool:
     """Whether this run's engine is DeepSpeed: by configuration, or by its launcher."""
     engine = cfg.parallel.engine
     return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
+
+
+def needs_whole_model(cfg: Config) -> bool:
+    """Whether weights or inputs come and go by our own hand, which sharding engines cannot bear."""
+    return cfg.model.placement == "host" or cfg.train.checkpointing == "offload"
 
 
 def check_engine(cfg: Config, processes: int) -> None:
@@ -51,6 +57,12 @@ def check_engine(cfg: Config, processes: int) -> None:
             f'parallel.engine: "{engine}" has nothing to share with one process; start several '
             'with torchrun, or use "auto"'
         )
+    if uses_deepspeed(cfg) and needs_whole_model(cfg):
+        raise ConfigError(
+            "parallel.engine: under the deepspeed launcher model.placement host and "
+            "train.checkpointing offload do not work; start with torchrun, or leave them to "
+            "parallel.deepspeed's offload_param"
+        )
 
 
 def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
@@ -64,6 +76,8 @@ def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
         engine, why = "deepspeed", "the deepspeed launcher started this run"
     elif world.size == 1:
         engine, why = "plain", "there is one process"
+    elif needs_whole_model(cfg):
+        engine, why = "ddp", "model.placement host and checkpointing offload shard nothing"
     elif base_bytes <= BASE_SHARE * world.gpu_bytes:
         engine, why = "ddp", "the base fits on every device"
     else:
@@ -84,6 +98,10 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
     compiled = cfg.train.compile
     if compiled is None:  # ZeRO's hooks are in the way of a graph
         compiled = world.device.type == "cuda" and kind != "deepspeed"
+    if needs_whole_model(cfg):
+        offload = cfg.train.checkpointing == "offload"
+        recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)
+        return TorchEngine(cfg.train, transformer, world)
     prepare_blocks(
         cfg,
         transformer,

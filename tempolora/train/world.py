@@ -21,6 +21,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    memory_gib: float | None = None
+    """What this process may use of its GPU; None: all."""
 
     @property
     def is_main(self) -> bool:
@@ -28,9 +30,11 @@ class World:
 
     @property
     def gpu_bytes(self) -> float:
-        """Memory of this process's GPU; without a GPU there is no such limit."""
+        """Memory of this process's GPU that it may use; without a GPU there is no such limit."""
         if self.device.type != "cuda":
             return math.inf
+        if self.memory_gib is not None:
+            return self.memory_gib * 2**30
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
@@ -54,8 +58,11 @@ class World:
             dist.barrier()
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+def pick_device(local_rank: int, memory_gib: float | None = None) -> torch.device:
+    """This process's GPU, of which it takes no more than `memory_gib`; the CPU where there is none.
+
+    To be called before anything lies on a GPU. Raises ConfigError where there is less.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -65,11 +72,21 @@ def pick_device(local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    if memory_gib is not None:
+        share = memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        if share > 1:
+            raise ConfigError(
+                f"parallel.gpu_memory_gib: {memory_gib:g} is more than the GPU's "
+                f"{memory_gib / share:.1f}"
+            )
+        # Segments that grow leave no holes; a small share has no room for holes.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.set_per_process_memory_fraction(share, device)
     return device
 
 
-def join_world(with_deepspeed: bool) -> World:
-    """Meet the other processes; collectives work afterwards."""
+def join_world(with_deepspeed: bool, memory_gib: float | None = None) -> World:
+    """Meet the other processes; collectives work afterwards. memory_gib: as in `pick_device`."""
     rank, size, local_rank = place()
     if size > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
@@ -77,7 +94,7 @@ def join_world(with_deepspeed: bool) -> World:
             "on Slurm with slurm/train.sh"
         )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    device = pick_device(local_rank)
+    device = pick_device(local_rank, memory_gib)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if with_deepspeed:
         import deepspeed
@@ -88,7 +105,7 @@ def join_world(with_deepspeed: bool) -> World:
         deepspeed.init_distributed(dist_backend=backend)
     elif size > 1:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    return World(rank, size, device)
+    return World(rank, size, device, memory_gib)
 
 
 def leave_world() -> None:
