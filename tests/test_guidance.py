@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
 from tempolora.cli import main
@@ -235,6 +236,69 @@ def test_guided_video_has_the_asked_correlation_and_the_unguided_has_not(cfg, to
         latents = (base, sampled_latents(cfg, guide, steps=6))
         base_score, guided = (score(readout.luminance(x)) for x in latents)
         assert guided.item() > base_score.item() + 0.2
+
+
+@pytest.fixture
+def cfg_5b(tinywan, tmp_path, monkeypatch):
+    """Image to video of the 5B, in a cache without a readout of its VAE."""
+    from tempolora.data import fit_readout
+
+    cache, folder = tmp_path / "cache", tinywan("ti2v_5b")
+    cache.mkdir()
+    (cache / folder.name).symlink_to(folder)
+    monkeypatch.setenv("TEMPOLORA_CACHE", str(cache))
+    monkeypatch.setattr(fit_readout, "DRAWN_ALONE", 2)
+    sizes = ["data.num_frames=17", "data.height=128", "data.width=128"]
+    model = ["model.id=tinywan", "model.base=fp32", "model.variant=ti2v_5b", "model.task=i2v"]
+    return load_config(None, [*sizes, *model, f"data.shards={tmp_path / 'none'}"])
+
+
+def test_image_to_video_of_the_5b_is_guided_and_its_image_stays_to_the_bit(
+    cfg_5b, tmp_path, monkeypatch
+):
+    from tempolora.results import sample
+
+    seen, encode = {}, sample.encode_video
+
+    def keep_first(vae, frames):
+        seen["first"] = encode(vae, frames)
+        return seen["first"]
+
+    def keep_latents(vae, latents_BCTHW):
+        seen["latents"] = latents_BCTHW
+        return torch.zeros(1, 17, 128, 128, 3, dtype=torch.uint8)  # decoding is slow
+
+    monkeypatch.setattr(sample, "encode_video", keep_first)
+    monkeypatch.setattr(sample, "decode_video", keep_latents)
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "first.png")
+    videos = []
+    for rhythm in (None, Rhythm(hz=3.0)):
+        given = {"image": tmp_path / "first.png", "prompt": "a bell", "loras": {}, "seed": 1}
+        sample.sample_from_prompt(
+            cfg_5b, tmp_path / "out.mp4", steps=4, device="cpu", rhythm=rhythm, **given
+        )
+        assert torch.equal(seen["latents"][:, :, :1], seen["first"])
+        videos.append(seen["latents"])
+    assert not torch.allclose(*videos, atol=0.1)
+
+
+def test_no_part_of_a_push_is_spent_on_an_image_that_stays(cfg_5b):
+    """Half of the score's gradient lies on the image's latent frame; it goes to the others."""
+    from tempolora.data.fit_readout import readout_of_vae
+    from tempolora.model.encoders import WanEncoders
+
+    readout = readout_of_vae(cfg_5b, WanEncoders(cfg_5b, torch.device("cpu")))
+    score = at_frequency(cfg_5b.timebase.samples, cfg_5b.timebase.fps, 3.0)
+    x0_hat = torch.randn(1, *cfg_5b.latent_shape, generator=torch.Generator().manual_seed(0))
+    reached = []
+    for given in (0, 1):
+        pushed = Guide(readout, score, 0.1, (0.0, 1.0), given)(x0_hat, 0.7)
+        assert (pushed - x0_hat).norm().item() == pytest.approx(0.1 * x0_hat.norm().item(), 1e-3)
+        reached.append(pushed)
+    assert torch.equal(reached[1][:, :, :1], x0_hat[:, :, :1])
+    reached[0][:, :, :1] = x0_hat[:, :, :1]  # as the sampler does
+    base, wasted, whole = (score(readout.luminance(x)).item() for x in (x0_hat, *reached))
+    assert whole > wasted > base
 
 
 # --- The command, and what is heard ---------------------------------------------------------------

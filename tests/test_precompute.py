@@ -5,6 +5,7 @@ The encoders are TinyWan's own; where a test asks what was encoded or decoded ag
 
 import json
 import logging
+import re
 import shutil
 
 import av
@@ -27,12 +28,13 @@ from tempolora.data.shards import (
     read_manifest,
     sample_key,
     verify_shards,
+    write_shard,
 )
 from tempolora.data.toy import scene
 from tempolora.data.toy_set import click_track, draw_frames
 from tempolora.data.video import write_mp4
 from tempolora.model import wan
-from tempolora.model.encoders import WanEncoders
+from tempolora.model.encoders import WanEncoders, batches_by_length
 from tempolora.rhythm.tempo import LUMA
 from tempolora.variants import NEGATIVE_PROMPT
 
@@ -426,3 +428,83 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     assert "cannot be kept there" in caplog.text
     assert read_checked(encoded / READOUT)[1]["drawn"] == 0
     assert verify_shards(encoded) == 6
+
+
+# --- Its pace -------------------------------------------------------------------------------------
+
+
+def test_captions_are_encoded_by_length_and_no_caption_changes_another(tinywan):
+    cfg = load_config(default_config(), [*SMALL])
+    tokenizer, encoder = wan.load_text(cfg.model, CPU)
+    prompts = ["a red disc bobs", "q" * 300, "z", "b" * 40, "y" * 700, "c" * 41]
+    lengths = wan.padded_lengths(tokenizer, prompts)
+    assert lengths == [16, 304, 16, 48, 512, 48]
+    batches = list(batches_by_length(prompts, lengths))
+    assert batches == [[prompts[0], "z"], [prompts[3], prompts[5]], [prompts[1]], [prompts[4]]]
+    found = dict(WanEncoders(cfg, CPU).encode_texts(prompts))
+    for prompt in prompts:
+        # as WanPipeline feeds its encoder
+        tokens = tokenizer(
+            [prompt], padding="max_length", max_length=512, truncation=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            text_LD = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+        length = int(tokens.attention_mask.sum())
+        assert found[prompt].shape == (length, 32)
+        assert torch.allclose(found[prompt], text_LD[:length], atol=1e-5, rtol=0)
+
+
+def test_the_pace_is_said(config, caplog):
+    with caplog.at_level(logging.INFO, logger="tempolora"):
+        run(config())
+    said = re.search(r"6 clips, ([\d.]+) clips/s; the VAE was busy (\d+)% of the time", caplog.text)
+    assert float(said[1]) > 0 and 0 < int(said[2]) <= 100
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run_and_the_next_goes_on(
+    config, tmp_path, monkeypatch
+):
+    module, whole = precompute.__module__, []
+
+    def full_disk(path, samples, index):
+        if whole:
+            raise OSError(28, "No space left on device")
+        whole.append(path.name)
+        write_shard(path, samples, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.write_shard", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(config())
+    assert not list((tmp_path / "shards").glob(".work-*"))
+    assert run(config()) == (True, 4)
+    assert verify_shards(tmp_path / "shards") == 6
+
+
+def test_a_full_disk_of_frames_only_slows_down(config, monkeypatch):
+    """With room for no clip they are decoded one by one."""
+    module, at_once = precompute.__module__, []
+
+    def counting(*arguments):
+        at_once.append(1)
+        try:
+            return read_clip(*arguments)
+        finally:
+            together.append(len(at_once))
+            at_once.pop()
+
+    together = []
+    monkeypatch.setattr(f"{module}.SPOOL_BYTES", 0)
+    monkeypatch.setattr(f"{module}.read_clip", counting)
+    assert run(config()) == (True, 6)
+    assert together == [1] * 6
+
+
+def test_a_clip_too_slow_for_several_speeds_is_said_once(config, data, caplog):
+    frames = draw_frames(scene("slide", 1.0), fps=20, num_frames=40, height=64, width=64)
+    write_mp4(data / "slow.mp4", frames, 20)
+    (data / "prompts.txt").write_text("slow.mp4|a clip\n")
+    assert run(config("data.speeds=[0.5,0.6,0.7,1.0]"))[1] == 1
+    (said,) = [r.getMessage() for r in caplog.records if "slow.mp4" in r.getMessage()]
+    assert "at speed 0.5: its 10 fps are slower than the 16 fps" in said
+    assert said.endswith("(so it is at 0.6, 0.7)")

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("guidance", "kernels", "memory", "resample", "rhythm", "step")
+NAMES = ("guidance", "kernels", "loader", "memory", "precompute", "resample", "rhythm", "step")
 
 
 def main() -> None:

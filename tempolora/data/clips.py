@@ -234,8 +234,10 @@ def read_clip(
         raise DecoderFailed(f"{path.name}: the decoder left no answer{said}") from None
     if "rejected" in found:
         raise ClipRejected(f"{path.name}: {found['rejected']}")
-    for reason in found["left_out"]:
-        log.warning("%s: %s", path.name, reason)
+    if found["left_out"]:
+        first, *others = found["left_out"]
+        more = f" (and {len(others)} more like it)" if others else ""
+        log.warning("%s: %s%s", path.name, first, more)
     if found["decoder_note"]:
         log.info("%s: %s", path.name, found["decoder_note"])
     has_audio = found["audio_rate"] is not None

@@ -153,7 +153,11 @@ def plan(stream: Stream, spec: WindowSpec) -> tuple[list[Take], list[str]]:
     Raises ClipRejected where it can give none.
     """
     takes, left_out, refused = [], [], []
+    timed = len(stream.pts_s) > 1
+    slow = [v for v in spec.speeds if timed and resample.is_too_slow(stream.pts_s / v, spec.fps)]
     for speed in spec.speeds:
+        if speed in slow[1:]:
+            continue  # one sentence does for all of these
         at = "" if speed == 1 else f"at speed {speed:g}: "
         pts_s = stream.pts_s / speed
         try:
@@ -162,7 +166,8 @@ def plan(stream: Stream, spec: WindowSpec) -> tuple[list[Take], list[str]]:
             picks = resample.plan_picks(clock_s, spec.fps)
             starts, holes = choose_windows(picks, clock_s, spec)
         except ClipRejected as reason:
-            refused.append(f"{at}{reason}")
+            others = ", ".join(f"{v:g}" for v in slow[1:]) if speed in slow else ""
+            refused.append(f"{at}{reason}" + (f" (so it is at {others})" if others else ""))
             continue
         takes.append(Take(speed, clock_s, picks, starts))
         left_out += [f"{at}{hole}" for hole in holes]

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tempolora.config import ConfigError
@@ -68,6 +69,7 @@ def batches(
         batch_sampler=[range(start, start + batch_size) for start in starts],
         collate_fn=partial(_collate_whole, collate),
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),  # a batch that can be pinned is copied in no time
         # fork: the workers only read files, and spawn would import torch again in each of them
         multiprocessing_context="fork" if workers else None,
     )

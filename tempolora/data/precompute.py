@@ -6,13 +6,19 @@ fits the readout and writes the manifest. A run that was killed is started again
 """
 
 import logging
+import os
+import queue
 import shutil
 import tempfile
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +33,7 @@ from tempolora.data.clips import (
     ClipRejected,
     DecodedClip,
     DecoderFailed,
+    Window,
     WindowSpec,
     list_clips,
     read_clip,
@@ -59,16 +66,19 @@ from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
 
-DECODED_AHEAD = 2  # clips being decoded while the VAE works on another
-CAPTION_BATCH = 8
+T = TypeVar("T")
+
+LOADED_AHEAD = 2  # windows in memory while the VAE works on another
+DECODERS = (2, 16)  # processes: fewest, most
+SPOOL_BYTES = 2**34  # of decoded frames on disk
 SPACED_WINDOWS = 4  # where data.max_windows is not set
 
 
 class Encoders(VaeCoder, Protocol):
     """What precompute needs of the models; the text encoder is gone before the VAE comes."""
 
-    def encode_texts(self, batches: Iterator[list[str]]) -> Iterator[list[Tensor]]:
-        """Prompts to (L, D) embeddings, batch by batch."""
+    def encode_texts(self, prompts: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each prompt and its (L, D) embedding, in any order."""
         ...
 
 
@@ -156,16 +166,13 @@ def _spool_texts(job: _Job, encoders: Encoders, scratch: Path) -> dict[str, Path
     if has_prompts(job.folder, prompts, job.fingerprint["text_encoder"]):
         prompts = []
     wanted = captions + [prompt for prompt in prompts if prompt not in captions]
-    batches = [wanted[i : i + CAPTION_BATCH] for i in range(0, len(wanted), CAPTION_BATCH)]
     texts = {}
-    if batches:
-        bar = tqdm(total=len(wanted), desc="captions", unit="", disable=None)
-        for batch, embedded in zip(batches, encoders.encode_texts(iter(batches)), strict=True):
-            for prompt, text_LD in zip(batch, embedded, strict=True):
+    if wanted:
+        with tqdm(total=len(wanted), desc="captions", unit="", disable=None) as bar:
+            for prompt, text_LD in encoders.encode_texts(wanted):
                 texts[prompt] = scratch / f"{prompt_name(prompt)}.safetensors"
                 save_file({"text": text_LD.to(torch.bfloat16).contiguous()}, texts[prompt])
-            bar.update(len(batch))
-        bar.close()
+                bar.update()
     if prompts:
         stored = {prompt_name(p): load_file(texts[p])["text"] for p in prompts}
         with replacing(job.folder / PROMPTS) as temporary:
@@ -179,41 +186,184 @@ def _stored_prompts(cfg: Config) -> list[str]:
 
 
 def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch: Path) -> None:
+    """Windows through the VAE; all else is done by others, before and behind it."""
     samples: list[Sample] = []
     index = ShardIndex(job.fingerprint)
-    for clip, decoded in _decode_ahead(job, scratch):
-        if isinstance(decoded, DecoderFailed):
-            log.warning("%s; the next run tries it again", decoded)
-            index.failed[clip.file] = str(decoded)
-            continue
-        if isinstance(decoded, ClipRejected):
-            index.clips[clip.file] = _identity(clip, sha256_of(clip.path))
-            log.warning("rejected: %s", decoded)
-            index.rejected[clip.file] = str(decoded)
+    pace = _Pace()
+    bar = tqdm(total=len(job.clips), desc="clips", unit="clip", disable=None)
+    # whatever ends this, what is being decoded and written comes to its end first
+    with bar, _Writer(job) as writer, closing(_in_background(_load(job, scratch))) as ready:
+        for clip, found, window in ready:
+            if window is not None:
+                text_LD = load_file(texts[clip.caption])["text"]
+                with pace:
+                    latents = encoders.encode_frames(window.frames_FHW3)
+                samples.append(_sample(job.cfg, encoders, clip, found, window, latents, text_LD))
+                continue
+            _enter(index, clip, found)
+            bar.update()
+            if len(samples) >= job.cfg.data.samples_per_shard:
+                writer.write(samples, index)
+                samples, index = [], ShardIndex(job.fingerprint)
+        if index.clips or index.failed:
+            writer.write(samples, index)
+    if job.clips:
+        log.info("%d clips, %s", len(job.clips), pace.describe(len(job.clips)))
+
+
+def _enter(index: ShardIndex, clip: Clip, found: DecodedClip | ClipRejected) -> None:
+    """What became of a clip."""
+    if isinstance(found, DecoderFailed):
+        log.warning("%s; the next run tries it again", found)
+        index.failed[clip.file] = str(found)
+    elif isinstance(found, ClipRejected):
+        index.clips[clip.file] = _identity(clip, sha256_of(clip.path))
+        log.warning("rejected: %s", found)
+        index.rejected[clip.file] = str(found)
+    else:
+        index.clips[clip.file] = _identity(clip, found.sha256)
+        if found.left_out:
+            index.left_out[clip.file] = found.left_out
+        for window in found.windows:
+            index.frames["inbetween"] += window.inbetween
+            index.frames["nearest_fallback"] += window.nearest_fallback
+
+
+class _Writer:
+    """Writes shards behind the VAE's back, one at a time, under names no other process uses."""
+
+    def __init__(self, job: _Job) -> None:
+        taken = [int(path.name[6:12]) for path in job.folder.glob(f"{job.rank:05d}-*.tar")]
+        self._folder, self._rank, self._number = job.folder, job.rank, max(taken, default=-1) + 1
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, samples: list[Sample], index: ShardIndex) -> None:
+        """Begin to write a shard, after the one before; raises what went wrong with that one."""
+        self._settle()
+        path = self._folder / f"{self._rank:05d}-{self._number:06d}.tar"
+        self._number += 1
+        self._last = self._pool.submit(write_shard, path, samples, index)
+
+    def _settle(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._settle()
+
+
+class _Pace:
+    """Entered while the VAE works: how fast clips go, and how much of the time that is.
+
+    The first window's share is not counted: models are loaded and the first clips decoded then.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._busy = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._left = time.perf_counter()
+        if self._first is None:
+            self._first = self._left
         else:
-            index.clips[clip.file] = _identity(clip, decoded.sha256)
-            if decoded.left_out:
-                index.left_out[clip.file] = decoded.left_out
-            for window in decoded.windows:
-                index.frames["inbetween"] += window.inbetween
-                index.frames["nearest_fallback"] += window.nearest_fallback
-            text_LD = load_file(texts[clip.caption])["text"]
-            samples += _samples_of(job.cfg, encoders, clip, decoded, text_LD)
-        if len(samples) >= job.cfg.data.samples_per_shard:
-            write_shard(_next_shard(job), samples, index)
-            samples, index = [], ShardIndex(job.fingerprint)
-    if index.clips or index.failed:
-        write_shard(_next_shard(job), samples, index)
+            self._busy += self._left - self._entered
+
+    def describe(self, clips: int) -> str:
+        seconds = time.perf_counter() - self._began
+        said = f"{clips / seconds:.3g} clips/s"
+        if self._first is None or self._left == self._first:
+            return said
+        return f"{said}; the VAE was busy {self._busy / (self._left - self._first):.0%} of the time"
 
 
-def _next_shard(job: _Job) -> Path:
-    """A name no process uses: shards are numbered within the process that writes them."""
-    taken = [int(path.name[6:12]) for path in job.folder.glob(f"{job.rank:05d}-*.tar")]
-    return job.folder / f"{job.rank:05d}-{max(taken, default=-1) + 1:06d}.tar"
+@dataclass(frozen=True)
+class _Window:
+    """One window in memory, with what is known of its motion and sound."""
+
+    of: Window
+    frames_FHW3: Tensor
+    rhythm: dict[str, Tensor]
+    sound: dict[str, Any]
 
 
-def _decode_ahead(job: _Job, scratch: Path) -> Iterator[tuple[Clip, DecodedClip | ClipRejected]]:
-    """Decode the next clips in subprocesses while the caller works on this one."""
+_Heard = list[tuple[dict[str, Tensor], dict[str, Any]]]  # rhythm and sound of each window
+
+
+def _in_background(items: Iterator[T]) -> Iterator[T]:
+    """The items, made LOADED_AHEAD of the caller by a thread; its error is raised here."""
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(LOADED_AHEAD)
+    closing_down = threading.Event()
+
+    def make() -> None:
+        error = None
+        with closing(items):
+            try:
+                for item in items:
+                    if not put((item, None)):
+                        return
+            except BaseException as raised:  # to be raised in the other thread
+                error = raised
+        put((None, error or StopIteration()))
+
+    def put(entry: tuple[T | None, BaseException | None]) -> bool:
+        while not closing_down.is_set():
+            try:
+                made.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closing_down.set()
+        thread.join()
+
+
+def _load(
+    job: _Job, scratch: Path
+) -> Iterator[tuple[Clip, DecodedClip | ClipRejected, _Window | None]]:
+    """Each clip's windows, and then the clip with None."""
+    pinned = torch.cuda.is_available()  # whence the GPU copies without waiting
+    with closing(_decode_ahead(job, scratch)) as decoded:
+        for clip, found, heard in decoded:
+            for position, (rhythm, sound) in enumerate(heard):
+                window = found.windows[position]
+                stored = window.frames
+                frames_FHW3 = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=pinned)
+                frames_FHW3.numpy()[...] = stored
+                yield clip, found, _Window(window, frames_FHW3, rhythm, sound)
+            yield clip, found, None
+
+
+def _decode_ahead(
+    job: _Job, scratch: Path
+) -> Iterator[tuple[Clip, DecodedClip | ClipRejected, _Heard]]:
+    """Clips in their order, decoded in subprocesses while others work on those before.
+
+    As many at once as there are processors for, and as have room on disk. A clip's frames are gone
+    when the next one is asked for.
+    """
     data = job.cfg.data
     spec = WindowSpec(
         fps=job.cfg.timebase.fps,
@@ -225,42 +375,59 @@ def _decode_ahead(job: _Job, scratch: Path) -> Iterator[tuple[Clip, DecodedClip 
         resample=data.resample,
         speeds=data.speeds,
     )
+    decoders = num_decoders(data.workers)
+    room = min(SPOOL_BYTES, shutil.disk_usage(scratch).free // 2)
+    windows = len(data.speeds) * (spec.max_windows if data.windows == "spaced" else 1)
+    largest = windows * 3 * spec.num_frames * spec.height * spec.width  # bytes of a clip so far
 
-    def start(position: int) -> Future[DecodedClip]:
+    def read(position: int) -> tuple[DecodedClip, _Heard]:
         workdir = scratch / f"clip-{position}"
-        workdir.mkdir()
-        return pool.submit(
-            read_clip, job.clips[position].path, spec, workdir, data.decode_timeout_s
-        )
+        clip = job.clips[position]
+        decoded = read_clip(clip.path, spec, workdir, data.decode_timeout_s)
+        return decoded, list(_motion_and_sound(decoded, spec.fps))
 
-    bar = tqdm(job.clips, desc="clips", unit="clip", disable=None)
-    with ThreadPoolExecutor(DECODED_AHEAD) as pool:
-        running = {i: start(i) for i in range(min(DECODED_AHEAD, len(job.clips)))}
-        for position, clip in enumerate(bar):
+    pool = ThreadPoolExecutor(decoders)
+    try:
+        running: deque[Future[tuple[DecodedClip, _Heard]]] = deque()
+        for position, clip in enumerate(job.clips):
+            while position + len(running) < len(job.clips) and (
+                not running
+                or (len(running) < 2 * decoders and (len(running) + 1) * largest <= room)
+            ):
+                running.append(pool.submit(read, position + len(running)))
+            workdir = scratch / f"clip-{position}"
             try:
-                decoded: DecodedClip | ClipRejected = running.pop(position).result()
+                found, heard = running.popleft().result()
             except ClipRejected as reason:
-                decoded = reason
-            ahead = position + DECODED_AHEAD
-            if ahead < len(job.clips):
-                running[ahead] = start(ahead)
-            yield clip, decoded
-            shutil.rmtree(scratch / f"clip-{position}")
+                found, heard = reason, []
+            largest = max(largest, sum(path.stat().st_size for path in workdir.glob("*.npy")))
+            if isinstance(found, DecodedClip) and found.audio_broken:
+                log.warning("%s: %s; it is used without", clip.file, found.no_audio)
+            yield clip, found, heard
+            shutil.rmtree(workdir)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _samples_of(
-    cfg: Config, encoders: Encoders, clip: Clip, decoded: DecodedClip, text_LD: Tensor
-) -> Iterator[Sample]:
-    fps, num_frames = cfg.timebase.fps, cfg.data.num_frames
+def num_decoders(workers: int) -> int:
+    """Clips decoded at once: two processors for each, shared by the processes of this host.
+
+    workers: the least wanted.
+    """
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fewest, most = DECODERS
+    return max(fewest, workers, min(most, processors // 2))
+
+
+def _motion_and_sound(
+    decoded: DecodedClip, fps: float
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Of each window: its rhythm as the sample holds it, and what meta.json says of sound."""
     track = None
     if decoded.audio is not None:
         track = Track(decoded.audio, decoded.audio_rate, decoded.audio_start_s)
-    elif decoded.audio_broken:
-        log.warning("%s: %s; it is used without", clip.file, decoded.no_audio)
     for window in decoded.windows:
-        frames_FHW3 = torch.from_numpy(np.array(window.frames))
-        latents = encoders.encode_frames(frames_FHW3)
-        rhythm = {"motion_energy": motion_energy(frames_FHW3)}
+        rhythm = {"motion_energy": motion_energy(torch.from_numpy(np.array(window.frames)))}
         sound = {"sound": BROKEN if decoded.audio_broken else ABSENT}
         if track is not None:
             sound = {"sound": HEARD if track.is_heard(window.times_s) else SILENT}
@@ -269,35 +436,48 @@ def _samples_of(
             rhythm["onset"] = torch.from_numpy(heard.onset_F)
             rhythm["beats_s"] = torch.from_numpy(heard.beats_s)
             sound["tempo"] = heard.tempo and asdict(heard.tempo)
-        key = sample_key(clip.file, window.index, window.speed)
-        yield Sample(
-            key=key,
-            latents={name: value.to(torch.bfloat16) for name, value in latents.items()},
-            text=text_LD,
-            rhythm=rhythm,
-            meta={
-                "key": key,
-                "caption": clip.caption,
-                "file": clip.file,
-                "sha256": decoded.sha256,
-                "window": window.index,
-                "start_s": window.start_s,
-                "source_fps": decoded.source_fps,
-                "fps": fps,
-                "speed": window.speed,
-                "num_frames": num_frames,
-                "height": cfg.data.height,
-                "width": cfg.data.width,
-                "inbetween_frames": window.inbetween,
-                "nearest_fallback_frames": window.nearest_fallback,
-                "decoder": decoded.decoder,
-                "decoder_note": decoded.decoder_note,
-                "rotation": decoded.rotation,
-                **sound,
-                "no_audio": decoded.no_audio,
-                **encoders.fingerprints(),
-            },
-        )
+        yield rhythm, sound
+
+
+def _sample(
+    cfg: Config,
+    encoders: Encoders,
+    clip: Clip,
+    decoded: DecodedClip,
+    window: _Window,
+    latents: dict[str, Tensor],
+    text_LD: Tensor,
+) -> Sample:
+    of = window.of
+    key = sample_key(clip.file, of.index, of.speed)
+    return Sample(
+        key=key,
+        latents={name: value.to(torch.bfloat16) for name, value in latents.items()},
+        text=text_LD,
+        rhythm=window.rhythm,
+        meta={
+            "key": key,
+            "caption": clip.caption,
+            "file": clip.file,
+            "sha256": decoded.sha256,
+            "window": of.index,
+            "start_s": of.start_s,
+            "source_fps": decoded.source_fps,
+            "fps": cfg.timebase.fps,
+            "speed": of.speed,
+            "num_frames": cfg.data.num_frames,
+            "height": cfg.data.height,
+            "width": cfg.data.width,
+            "inbetween_frames": of.inbetween,
+            "nearest_fallback_frames": of.nearest_fallback,
+            "decoder": decoded.decoder,
+            "decoder_note": decoded.decoder_note,
+            "rotation": decoded.rotation,
+            **window.sound,
+            "no_audio": decoded.no_audio,
+            **encoders.fingerprints(),
+        },
+    )
 
 
 def _finish(cfg: Config, folder: Path, clips: list[Clip], encoders: Encoders) -> bool:

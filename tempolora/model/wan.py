@@ -10,6 +10,7 @@ beside F), L token, D width.
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tempolora.config import ConfigError, ModelConfig
-from tempolora.model import fp8
+from tempolora.model import fast_vae, fp8
 from tempolora.model.architectures import architecture
 from tempolora.model.location import (
     PART_OF,
@@ -54,6 +55,7 @@ if not sys.stderr.isatty():  # a log file wants lines, not bars
 TIMESTEPS = 1000  # the transformer's timestep is TIMESTEPS * sigma
 RANDOM_SEED = 0
 RANDOM_STD = 0.02
+TEXT_MULTIPLE = 16  # tokens: few lengths, all good for matrix products
 _MIB = 2**20
 # of what is not an 8-bit layer
 _DTYPE = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
@@ -116,7 +118,9 @@ def transformer_bytes(model: ModelConfig, expert: str) -> int:
 
 def load_vae(model: ModelConfig, device: torch.device | str) -> AutoencoderKLWan:
     """The frozen VAE in `model.base` on `device`. Raises ConfigError as load_transformer does."""
-    return _load(model, "vae", device, AutoencoderKLWan, new_vae, _vae_keys)
+    vae = _load(model, "vae", device, AutoencoderKLWan, new_vae, _vae_keys)
+    fast_vae.to_channels_last(vae.encoder)
+    return vae
 
 
 def load_text(
@@ -349,13 +353,14 @@ def convert_lora_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def encode_video(vae: AutoencoderKLWan, frames_BFHW3: Tensor) -> Tensor:
+def encode_video(vae: AutoencoderKLWan, frames_BFHW3: Tensor, compiled: bool = False) -> Tensor:
     """Video to normalised latents: uint8 (B, F, H, W, 3) -> float32 (B, C, T, H, W).
 
     The mode of the posterior, (z - mean) / std per channel; computed in the VAE's dtype.
+    compiled: as `fast_vae.encode`.
     """
-    frames = rearrange(frames_BFHW3, "B F H W C -> B C F H W").to(vae.device)
-    return _encode(vae, frames.float() / 127.5 - 1)
+    frames_BFHW3 = frames_BFHW3.to(vae.device, non_blocking=True)
+    return _encode(vae, frames_BFHW3.float() / 127.5 - 1, compiled)
 
 
 @torch.no_grad()
@@ -378,14 +383,16 @@ def decode_frames(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_condition(vae: AutoencoderKLWan, first_frame_BHW3: Tensor, num_frames: int) -> Tensor:
+def encode_condition(
+    vae: AutoencoderKLWan, first_frame_BHW3: Tensor, num_frames: int, compiled: bool = False
+) -> Tensor:
     """Condition latents of I2V-A14B: the first frame, then mid-grey: float32 (B, C, T, H, W).
 
     first_frame_BHW3: uint8. As diffusers' WanImageToVideoPipeline.prepare_latents.
     """
-    first = rearrange(first_frame_BHW3, "B H W C -> B C 1 H W").to(vae.device).float() / 127.5 - 1
-    grey = torch.zeros_like(first).expand(-1, -1, num_frames - 1, -1, -1)
-    return _encode(vae, torch.cat([first, grey], dim=2))
+    first_BFHW3 = first_frame_BHW3[:, None].to(vae.device).float() / 127.5 - 1
+    grey = torch.zeros_like(first_BFHW3).expand(-1, num_frames - 1, -1, -1, -1)
+    return _encode(vae, torch.cat([first_BFHW3, grey], dim=1), compiled)
 
 
 def condition_channels(latent_condition_BCTHW: Tensor) -> Tensor:
@@ -399,10 +406,11 @@ def condition_channels(latent_condition_BCTHW: Tensor) -> Tensor:
     return torch.cat([mask, latent_condition_BCTHW], dim=1)
 
 
-def _encode(vae: AutoencoderKLWan, video_BCFHW: Tensor) -> Tensor:
+def _encode(vae: AutoencoderKLWan, video_BFHW3: Tensor, compiled: bool) -> Tensor:
     mean, std = _statistics(vae)
-    posterior = vae.encode(video_BCFHW.to(vae.dtype)).latent_dist
-    return (posterior.mode().float() - mean) / std
+    moments = fast_vae.encode(vae, video_BFHW3.to(vae.dtype), compiled=compiled)
+    mode_BCTHW, _ = moments.chunk(2, dim=1)
+    return ((mode_BCTHW.float() - mean) / std).contiguous()
 
 
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -418,20 +426,32 @@ def encode_prompts(
 ) -> list[Tensor]:
     """Text embeddings of each prompt, cut to its true length: (L, D), L at most 512.
 
-    Cleaned, tokenised and masked as WanPipeline does; pad_text restores the length it feeds.
+    Cleaned, tokenised and masked as WanPipeline does, but padded no further than the longest needs:
+    what the mask hides has no weight. pad_text restores the length that WanPipeline feeds.
     """
-    tokens = tokenizer(
-        [prompt_clean(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=TEXT_TOKENS,
-        truncation=True,
-        add_special_tokens=True,
-        return_attention_mask=True,
-        return_tensors="pt",
+    tokens = _tokenise(
+        tokenizer, prompts, padding=True, pad_to_multiple_of=TEXT_MULTIPLE, return_tensors="pt"
     ).to(text_encoder.device)
     text_BLD = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     lengths = tokens.attention_mask.sum(dim=1).tolist()
     return [text_LD[:length] for text_LD, length in zip(text_BLD, lengths, strict=True)]
+
+
+def padded_lengths(tokenizer: Callable[..., Any], prompts: list[str]) -> list[int]:
+    """Tokens that the text encoder sees of each prompt when it is encoded by itself."""
+    found = [len(ids) for ids in _tokenise(tokenizer, prompts).input_ids]
+    return [math.ceil(length / TEXT_MULTIPLE) * TEXT_MULTIPLE for length in found]
+
+
+def _tokenise(tokenizer: Callable[..., Any], prompts: list[str], **padding: Any) -> Any:
+    return tokenizer(
+        [prompt_clean(prompt) for prompt in prompts],
+        max_length=TEXT_TOKENS,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        **padding,
+    )
 
 
 def pad_text(texts: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ become its sound.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,12 @@ def prepare(cfg: Config, rhythm: Rhythm, device: torch.device) -> dict:
         given["guide"] = _guide(cfg, rhythm, _at(clock, rhythm.hz), device)
     elif rhythm.speed is not None:
         readout = _readout(cfg, rhythm, device)
-        given["retime"] = lambda frames_FHW3: _retimed(clock, readout, rhythm, frames_FHW3)
+
+        def retime(frames_FHW3: np.ndarray) -> Guide | None:
+            guide = _retimed(clock, readout, rhythm, frames_FHW3)
+            return guide and replace(guide, given=_given_frames(cfg))
+
+        given["retime"] = retime
     return given
 
 
@@ -152,7 +157,12 @@ def _retimed(
 def _guide(cfg: Config, rhythm: Rhythm, score: Score, device: torch.device) -> Guide:
     default = FREQUENCY if rhythm.soundtrack is None else SOUNDTRACK
     readout = _readout(cfg, rhythm, device)
-    return Guide(readout, score, rhythm.strength or default, rhythm.sigma)
+    return Guide(readout, score, rhythm.strength or default, rhythm.sigma, _given_frames(cfg))
+
+
+def _given_frames(cfg: Config) -> int:
+    """First latent frames that the 5B's image to video is given clean."""
+    return int(cfg.task == "i2v" and cfg.variant.per_token_time)
 
 
 def _readout(cfg: Config, rhythm: Rhythm, device: torch.device) -> Readout:

@@ -123,14 +123,16 @@ class Guide:
     only: its length depends on how much moves and on the readout's units, and is largest where
     almost nothing moves yet. Measured by x0_hat, one strength means the same for every size, length
     and VAE. sigma: lowest and highest noise level, 0..1, at which it pushes; elsewhere x0_hat
-    itself is returned. hold: what the push adds to the latents' change over time is taken back by
-    scale, so that the tempo changes and not how much moves.
+    itself is returned. given: first latent frames that stay as they are, as those of an image do;
+    the whole push then goes to the others. hold: what the push adds to the change over time of
+    these is taken back by scale, so that the tempo changes and not how much moves.
     """
 
     readout: Readout
     score: Score
     strength: float
     sigma: tuple[float, float]
+    given: int = 0
     hold: bool = False
 
     def __call__(self, x0_hat_BCTHW: Tensor, sigma: float) -> Tensor:
@@ -138,10 +140,14 @@ class Guide:
         if not low <= sigma <= high:
             return x0_hat_BCTHW
         _, gradient = score_and_gradient(x0_hat_BCTHW, self.readout, self.score)
+        gradient[:, :, : self.given] = 0
         length_B, norm_B = (x.flatten(1).norm(dim=1) for x in (gradient, x0_hat_BCTHW))
         share_B = self.strength * norm_B / length_B.clamp(min=torch.finfo(length_B.dtype).tiny)
         pushed_BCTHW = x0_hat_BCTHW + share_B[:, None, None, None, None] * gradient
-        return _as_lively(pushed_BCTHW, x0_hat_BCTHW) if self.hold else pushed_BCTHW
+        if not self.hold:
+            return pushed_BCTHW
+        kept, free = pushed_BCTHW.tensor_split([self.given], dim=2)
+        return torch.cat([kept, _as_lively(free, x0_hat_BCTHW[:, :, self.given :])], dim=2)
 
 
 def _as_lively(latents_BCTHW: Tensor, model_BCTHW: Tensor) -> Tensor:

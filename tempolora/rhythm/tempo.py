@@ -15,9 +15,16 @@ def motion_energy(frames_FHW3: Tensor) -> Tensor:
 
     frames_FHW3: uint8 RGB.
     """
-    luma_FHW = (frames_FHW3.float() / 255) @ frames_FHW3.new_tensor(LUMA, dtype=float).float()
-    change_F = luma_FHW.new_zeros(len(luma_FHW))
-    change_F[1:] = luma_FHW.diff(dim=0).abs().mean(dim=(1, 2))
+    weight = torch.tensor(LUMA, device=frames_FHW3.device)
+    change_F = weight.new_zeros(len(frames_FHW3))
+    before_HW = None
+    for index, frame_HW3 in enumerate(
+        frames_FHW3
+    ):  # one by one: they stay in the processor's cache
+        luma_HW = (frame_HW3.float() / 255) @ weight
+        if before_HW is not None:
+            change_F[index] = (luma_HW - before_HW).abs().mean()
+        before_HW = luma_HW
     return change_F
 
 

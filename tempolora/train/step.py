@@ -1,5 +1,6 @@
 """A microstep's input: samples with everything random about them drawn."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +34,15 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
 
-        def move(value):
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, whence `to` does not wait; the loader asks for it."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = vars(self).items()
+        return Batch(**{n: change(v) if isinstance(v, Tensor) else v for n, v in values})
 
 
 @dataclass(frozen=True)
