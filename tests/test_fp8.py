@@ -77,6 +77,24 @@ def test_output_and_gradient_are_those_of_float64_within_the_rounding():
     assert off.max() > 0  # it was rounded at all
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-13])
+def test_the_gradient_is_there_when_compiled_and_however_small_it_is(dtype, size):
+    """torch 2.11 drops the gradient of some functions that end in a cast to the type they have."""
+    layer = fp8.Fp8Linear.of(nn.Linear(64, 48), CPU)
+    x = rows(24, 64, 2).to(dtype)
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", dynamic=False)):
+        inputs = x.clone().requires_grad_()
+        (run(inputs).float().square().sum() * size).backward()
+        found.append(inputs.grad.double() / size)
+    eager, compiled = found
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=0)
+    weight = layer.weight.double() * layer.scale.double()
+    exact = 2 * layer(x).double() @ weight
+    assert (eager - exact).norm() <= 0.05 * exact.norm()
+
+
 def one_run(base, steps=6):
     """Losses of a TinyWan that learns one batch."""
     cfg = load_config(TOY, [f"model.base={base}", "data.num_frames=17", "train.optimizer=adamw"])

@@ -200,7 +200,7 @@ def precompute(cfg: Config, steps: int) -> dict[str, float]:
     device = pick_device(0, cfg.parallel.gpu_memory_gib)
     encoders, data = WanEncoders(cfg, device), cfg.data
     begin = _seconds(device)
-    for _ in encoders.encode_texts(iter([["a panda eats bamboo"]])):
+    for _ in encoders.encode_texts(["a panda eats bamboo"]):
         pass
     shape = (data.num_frames, data.height, data.width, 3)
     encoders.encode_frames(torch.randint(0, 256, shape, dtype=torch.uint8))

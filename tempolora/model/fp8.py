@@ -21,7 +21,9 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 CAPABILITY = (8, 9)  # the first GPUs with 8-bit matrix units
 MULTIPLE = 16  # their products take dimensions in 16s
-_SMALLEST = 1e-12  # a scale for rows of zeros
+# A scale for rows of zeros. Gradients of a large model are tiny, 1e-13 and less, and no row of them
+# may be rounded to zero for that.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def quantise_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,15 +95,18 @@ def _product(
 ) -> Tensor:
     """(a * scale) (b * scale^T)^T, (M, N)."""
     if a8_MK.is_cuda:
-        return torch._scaled_mm(
+        y_MN = torch._scaled_mm(
             a8_MK,
             b8_NK.t(),
             scale_a=scale_M1,
             scale_b=scale_1N,
             out_dtype=torch.bfloat16,  # the only one that scales per row allow
             use_fast_accum=True,
-        ).to(dtype)
-    return (a8_MK.float() @ b8_NK.float().t() * scale_M1 * scale_1N).to(dtype)
+        )
+    else:
+        y_MN = a8_MK.float() @ b8_NK.float().t() * scale_M1 * scale_1N
+    # torch 2.11 compiles a Function whose last step is a `to` that does nothing to no gradient.
+    return y_MN if y_MN.dtype == dtype else y_MN.to(dtype)
 
 
 def quantised_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
