@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tempolora.config import Config, ConfigError, load_config
-from tempolora.launched import place
+from tempolora.launched import check_engine, place
 
 log = logging.getLogger("tempolora.cli")  # also as `python -m tempolora.cli`
 
 TOY_WAIT_S = 600
+MOST_GPUS, MOST_GIB = 4096, 65536
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _set_up_logging(all_ranks=options.run is _precompute)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ConfigError as error:
         print(f"tempolora: {error}", file=sys.stderr)
         return 2
@@ -35,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"tempolora: stopped: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +112,18 @@ def _parser() -> argparse.ArgumentParser:
         "clips", type=Path, metavar="CLIPS", help="a clip, a folder of clips, or one of shards"
     )
     beats.add_argument("--out", type=Path, default=Path("beats.png"), help="PNG to write")
+    plan = command("plan", _plan, "Predict memory and time of training, without a GPU.")
+    plan.add_argument("--gpus", type=int, default=1, help="how many GPUs train; 1 by default")
+    plan.add_argument(
+        "--gpu-memory", type=float, required=True, metavar="GIB", help="memory of each GPU"
+    )
+    plan.add_argument(
+        "--host-memory", type=float, metavar="GIB", help="memory of the host that all GPUs share"
+    )
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="whose speed to assume, H200, A100 and others; H200 if none"
+    )
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the same for machines")
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
     return parser
@@ -238,12 +250,14 @@ def _wait_for(folder: Path) -> None:
 def _run_precompute(cfg: Config) -> None:
     from tempolora.data.precompute import precompute
     from tempolora.model.encoders import WanEncoders
+    from tempolora.train.auto import resolve_beside
     from tempolora.train.world import pick_device
 
     # Unwind, so that scratch files and decoders go with us.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     rank, size, local_rank = place()
     device = pick_device(local_rank, cfg.parallel.gpu_memory_gib)
+    cfg = resolve_beside(cfg, device, "precompute")
     precompute(cfg, WanEncoders(cfg, device), rank, size)
 
 
@@ -289,14 +303,16 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError(f"--tempo: given {options.tempo:g}; allowed: 0.25 to 4")
     rhythm = _rhythm(options)
     from tempolora.results.sample import Tempo, loras_in, sample_from_prompt
+    from tempolora.train.auto import resolve_beside
     from tempolora.train.world import pick_device
     from tempolora.variants import NEGATIVE_PROMPT
 
     experts, tempo = cfg.variant.experts, None
     if options.tempo_lora:
         tempo = Tempo(loras_in(options.tempo_lora, experts, "tempo"), options.tempo)
+    device = pick_device(0, cfg.parallel.gpu_memory_gib)
     sample_from_prompt(
-        cfg,
+        resolve_beside(cfg, device, "sampling"),
         options.out,
         prompt=options.prompt,
         negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
@@ -305,7 +321,7 @@ def _sample(options: argparse.Namespace) -> None:
         image=options.image,
         seed=options.seed,
         steps=steps,
-        device=pick_device(0, cfg.parallel.gpu_memory_gib),
+        device=device,
         rhythm=rhythm,
     )
 
@@ -368,6 +384,39 @@ def _beats(options: argparse.Namespace) -> None:
     from tempolora.results.beats import draw_beats
 
     log.info("wrote %s", draw_beats(options.clips, options.out, cfg.data.decode_timeout_s))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """0 where training fits, 1 where it does not."""
+    cfg = _load(options)
+    from tempolora.files import write_json
+    from tempolora.model.location import PART_OF, part_config
+    from tempolora.model.targets import check_lora
+    from tempolora.train.plan import card_of
+    from tempolora.train.plan_text import Report
+    from tempolora.train.rates import GIB, GPUS
+
+    if not 1 <= options.gpus <= MOST_GPUS:
+        raise ConfigError(f"--gpus: given {options.gpus}; allowed: 1 to {MOST_GPUS}")
+    for flag, given in (
+        ("--gpu-memory", options.gpu_memory),
+        ("--host-memory", options.host_memory),
+    ):
+        if given is not None and not 1 <= given <= MOST_GIB:
+            raise ConfigError(f"{flag}: given {given:g}; allowed: 1 to {MOST_GIB} GiB")
+    name = (options.gpu or "H200").replace(" ", "").upper()
+    if name not in GPUS:
+        raise ConfigError(f"--gpu: nothing is known of {options.gpu!r}; known: {', '.join(GPUS)}")
+    check_engine(cfg, options.gpus)
+    check_lora(cfg.lora, cfg.timebase, part_config(cfg.model, PART_OF[cfg.experts[0]]))
+    host = None if options.host_memory is None else options.host_memory * GIB
+    memory = options.gpu_memory * GIB
+    card = card_of(memory, gpus=options.gpus, host=host, gpu=GPUS[name])
+    report = Report(cfg, card, memory, named=options.gpu is not None)
+    print("\n".join(report.lines()))
+    if options.json:
+        write_json(options.json, report.as_json())
+    return 0 if report.fits else 1
 
 
 def _report(options: argparse.Namespace) -> None:

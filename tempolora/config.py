@@ -53,12 +53,12 @@ class ModelConfig(_Section):
     """"random" builds the full-size architecture at random weights (for speed trials)."""
     expert: Literal["high", "low", "both"] | None = None
     """Which expert to train; by default both. A one-transformer model takes none."""
-    base: Literal["bf16", "fp8", "fp32"] = "bf16"
+    base: Literal["auto", "bf16", "fp8", "fp32"] = "bf16"
     """Number format of the frozen weights. fp8: the transformer blocks' linear layers in 8 bits,
-    with a scale per row; the rest bf16."""
-    placement: Literal["gpu", "host"] = "gpu"
+    with a scale per row; the rest bf16. auto: bf16 where that fits on the GPU, else fp8."""
+    placement: Literal["auto", "gpu", "host"] = "auto"
     """host: the matrices of transformer blocks and text encoder lie in pinned host memory and are
-    streamed to the GPU as they are used."""
+    streamed to the GPU as they are used. auto: gpu where that is predicted to fit."""
     files: ModelFiles = ModelFiles()
     """Single-file checkpoints to read in place of parts of the folder."""
 
@@ -187,10 +187,11 @@ class TrainConfig(_Section):
     the flow loss's unit; keeps looks as they are. Text to video only; 0: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Keep and export an exponential moving average of the LoRA."""
-    checkpointing: Literal["none", "selective", "full", "offload"] = "full"
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
     """Gradient checkpointing: none; selective: attention's outputs are kept in every transformer
     block, and those of all matrix products in `kept_blocks` of them; full: every block is
-    recomputed; offload: every third of a block is, from an input kept in pinned host memory."""
+    recomputed; offload: every third of a block is, from an input kept in pinned host memory. auto:
+    the fastest that is predicted to fit, and full without a GPU."""
     kept_blocks: Count | None = None
     """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
     default as many as the GPU's free memory allows."""
@@ -212,7 +213,7 @@ class TrainConfig(_Section):
 class ParallelConfig(_Section):
     engine: Literal["auto", "plain", "ddp", "fsdp", "deepspeed"] = "auto"
     """auto: deepspeed if its launcher started us, else plain on one process, else ddp where the
-    base fits beside its activations, else fsdp."""
+    whole base is predicted to fit, else fsdp."""
     zero_stage: Literal[2, 3] | None = None
     """ZeRO stage of the deepspeed engine, by default 3."""
     deepspeed: dict[str, Any] = {}
@@ -334,7 +335,7 @@ def _check_parallel(cfg: Config) -> None:
 
 def _check_offload(cfg: Config) -> None:
     host, level = cfg.model.placement == "host", cfg.train.checkpointing
-    if host and level not in ("full", "offload"):
+    if host and level not in ("auto", "full", "offload"):
         raise ConfigError(
             f"train.checkpointing: {level!r} keeps a use of every weight until the backward pass, "
             'but model.placement host lends their memory on; use "full" or "offload"'

@@ -24,6 +24,7 @@ from tempolora.results.export import apply_lora_file
 from tempolora.results.report import write_report
 from tempolora.results.sample import draw_noise, loras_in, sample_latents
 from tempolora.run import train_and_report
+from tempolora.train.auto import resolve_beside
 from tempolora.train.terms import KEYS
 from tempolora.train.world import pick_device
 from tempolora.variants import NEGATIVE_PROMPT
@@ -73,8 +74,8 @@ def demo(cfg: Config) -> None:
     log.info("ours:")
     train_and_report(cfg, "auto")
     if cfg.output.sample_steps:
-        device = pick_device(0)
-        _write_videos(cfg, out / COMPARED, device)
+        device = pick_device(0, cfg.parallel.gpu_memory_gib)
+        _write_videos(resolve_beside(cfg, device, "sampling"), out / COMPARED, device)
         measure_arms(cfg, out / COMPARED, captions())
         log.info("wrote %s with the comparison", write_report(out))
 

@@ -1,6 +1,9 @@
-"""Which process of how many this is, as the launcher's environment says; nothing heavy imported."""
+"""Which process of how many this is, as the launcher's environment says, and which engine goes with
+that; nothing heavy imported."""
 
 import os
+
+from tempolora.config import Config, ConfigError
 
 
 def launched_by_deepspeed() -> bool:
@@ -19,3 +22,41 @@ def place() -> tuple[int, int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0"))
     return 0, 1, 0
+
+
+def uses_deepspeed(cfg: Config) -> bool:
+    """Whether this run's engine is DeepSpeed: by configuration, or by its launcher."""
+    engine = cfg.parallel.engine
+    return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
+
+
+def needs_whole_model(cfg: Config) -> bool:
+    """Whether weights or inputs come and go by our own hand, which sharding engines cannot bear."""
+    return cfg.model.placement == "host" or cfg.train.checkpointing == "offload"
+
+
+def check_engine(cfg: Config, processes: int) -> None:
+    """Raise ConfigError where `parallel.engine` does not go with the number of processes, or
+    DeepSpeed with the base or its place."""
+    engine = cfg.parallel.engine
+    if cfg.model.base == "fp8" and uses_deepspeed(cfg):
+        raise ConfigError(
+            'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '
+            'use "bf16", or parallel.engine "fsdp" or "ddp" under torchrun'
+        )
+    if engine == "plain" and processes > 1:
+        raise ConfigError(
+            f'parallel.engine: "plain" runs on one process, {processes} were started; '
+            'use "auto", "ddp", "fsdp" or "deepspeed"'
+        )
+    if engine in ("ddp", "fsdp") and processes == 1:
+        raise ConfigError(
+            f'parallel.engine: "{engine}" has nothing to share with one process; start several '
+            'with torchrun, or use "auto"'
+        )
+    if uses_deepspeed(cfg) and needs_whole_model(cfg):
+        raise ConfigError(
+            "parallel.engine: under the deepspeed launcher model.placement host and "
+            "train.checkpointing offload do not work; start with torchrun, or leave them to "
+            "parallel.deepspeed's offload_param"
+        )

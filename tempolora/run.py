@@ -12,17 +12,18 @@ from tempolora import __version__
 from tempolora.config import Config
 from tempolora.data.shards import ShardReader, fingerprint, load_prompt
 from tempolora.files import write_json
-from tempolora.launched import place
+from tempolora.launched import check_engine, place, uses_deepspeed
 from tempolora.model import wan
 from tempolora.model.location import PART_OF, part_config
-from tempolora.model.lora import check_lora
+from tempolora.model.targets import check_lora
 from tempolora.results.export import export_lora
 from tempolora.results.names import lora_file_name, video_file_name
 from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
+from tempolora.train.auto import resolve, resolve_beside
 from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
-from tempolora.train.engine import check_engine, uses_deepspeed
 from tempolora.train.loop import check_objective, check_sound, train_expert
+from tempolora.train.plan import changed
 from tempolora.train.resume import checkpoint_root, find_resume
 from tempolora.train.speeds import speed_groups
 from tempolora.train.stop import Stopped
@@ -56,6 +57,9 @@ def train_and_report(cfg: Config, resume: str) -> None:
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
     starts = find_resume(cfg, resume, processes)
     world = join_world(uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib)
+    asked = cfg
+    cfg = resolve(cfg, world, starts, uses_deepspeed(cfg))
+    check_engine(cfg, processes)  # with what auto has become
     if world.is_main:
         _prepare_folder(cfg, out, resume, starts)
     world.barrier()
@@ -70,7 +74,9 @@ def train_and_report(cfg: Config, resume: str) -> None:
     leave_world()
     if world.is_main:
         if cfg.output.sample_steps:
-            _write_videos(cfg, videos, world.device)
+            # Videos are made on one GPU, with the base that was trained on.
+            base = changed(asked, {"model.base": cfg.model.base})
+            _write_videos(resolve_beside(base, world.device, "sampling"), videos, world.device)
         log.info("wrote %s", write_report(out))
 
 

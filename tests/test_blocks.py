@@ -15,6 +15,8 @@ from tempolora.model.lora import add_lora, lora_parameters
 from tempolora.model.wan import load_transformer, predict_velocity
 from tempolora.train import blocks
 from tempolora.train.engine import build_engine
+from tempolora.train.plan import Settings, kept_blocks_in, predict
+from tempolora.train.work import kept_bytes
 from tempolora.train.world import World
 
 TOY = Path(__file__).parents[1] / "configs" / "toy.json"
@@ -88,9 +90,7 @@ def test_a_compiled_block_keeps_the_bytes_that_were_counted(without_inductor):
     sizes = {"tokens": 9 * 8 * 8, "width": 256, "ffn": 512, "heads": 2}
     # with more text tokens than channels, TinyWan's text is not worth keeping at "attention"
     text = {"full": 0, "attention": 0, "matmuls": 512}
-    counted = {
-        level: 2 * blocks.kept_bytes(level, **sizes, text_tokens=text[level]) for level in found
-    }
+    counted = {level: 2 * kept_bytes(level, **sizes, text_tokens=text[level]) for level in found}
     for more, less in (("attention", "full"), ("matmuls", "attention")):
         assert found[more] - found[less] == pytest.approx(counted[more] - counted[less], rel=0.1)
 
@@ -113,37 +113,33 @@ def test_blocks_below_the_first_adapter_are_left_alone():
         blocks.choose_levels(more, transformer, CPU)
 
 
-A14B = {"tokens": 29952, "width": 5120, "ffn": 13824, "heads": 40}
+A14B = {"tokens": 29952, "width": 5120, "ffn": 13824, "heads": 40, "text_tokens": 512}
 
 
 def test_kept_bytes_of_the_a14b_are_those_counted_by_hand():
     hidden, inner = 29952 * 5120 * 2, 29952 * 13824 * 2  # 307 and 828 MB
     text, denominators = 2 * 512 * 5120 * 2, 40 * 29952 * 4
-    assert blocks.kept_bytes("full", **A14B) == hidden
-    assert blocks.kept_bytes("attention", **A14B) == 2 * hidden + text + denominators
-    matmuls = blocks.kept_bytes("matmuls", **A14B)
+    assert kept_bytes("full", **A14B) == hidden
+    assert kept_bytes("attention", **A14B) == 2 * hidden + text + denominators
+    matmuls = kept_bytes("matmuls", **A14B)
     assert matmuls == 8 * hidden + inner + text + denominators
     assert matmuls == pytest.approx(3.3e9, rel=0.02)
 
 
 def test_as_many_blocks_are_kept_as_fit():
+    cfg = load_config(TOY.with_name("a14b.json"), [SELECTIVE, "train.compile=true"])
+
     def chosen(gib):
-        return blocks.choose_kept_blocks(gib * 2**30, blocks=40, batch=1, **A14B)
+        return kept_blocks_in(gib * 2**30, cfg)
 
     assert [chosen(gib) for gib in (0, 30, 1000)] == [0, 0, 40]
-    sizes = {key: A14B[key] for key in ("tokens", "width", "ffn")}
+    bare = predict(cfg, Settings("plain", "bf16", "gpu", "selective"))
+    beside = bare.peak - bare.parts["weights"] - bare.parts["LoRA"]
+    each = kept_bytes("matmuls", **A14B) - kept_bytes("attention", **A14B)
     for gib in (40, 80, 100):
         kept = chosen(gib)
         assert 0 < kept < 40
-
-        def need(count):
-            return (
-                blocks.transient_bytes(**sizes)
-                + (40 - count) * blocks.kept_bytes("attention", **A14B)
-                + count * blocks.kept_bytes("matmuls", **A14B)
-            )
-
-        assert need(kept) <= gib * 2**30 < need(kept + 1)
+        assert beside + kept * each <= gib * 2**30 < beside + (kept + 1) * each
 
 
 def test_kept_blocks_without_selective_checkpointing_is_refused():

@@ -230,21 +230,21 @@ def test_training_leaves_the_base_as_it_was_and_moves_the_adapters(reference):
 
 
 @pytest.mark.parametrize(
-    ("engine", "size", "base_gib", "gpu_gib", "chosen"),
+    ("engine", "size", "gpu_gib", "chosen"),
     [
-        ("auto", 1, 27, 139, "plain"),
-        ("auto", 2, 27, 139, "ddp"),
-        ("auto", 2, 27, 39, "fsdp"),
-        ("auto", 2, 27, math.inf, "ddp"),
-        ("fsdp", 2, 27, 139, "fsdp"),
+        ("auto", 1, 139, "plain"),
+        ("auto", 2, 139, "ddp"),
+        ("auto", 2, 39, "fsdp"),
+        ("auto", 2, math.inf, "ddp"),
+        ("fsdp", 2, 139, "fsdp"),
     ],
 )
-def test_auto_shards_the_base_only_where_it_must(
-    engine, size, base_gib, gpu_gib, chosen, monkeypatch
-):
+def test_auto_shards_the_base_only_where_it_must(engine, size, gpu_gib, chosen, monkeypatch):
     monkeypatch.setattr(World, "gpu_bytes", gpu_gib * 2**30)
     world = World(0, size, torch.device("cpu"))
-    assert choose_engine(toy(f"parallel.engine={engine}"), world, base_gib * 2**30) == chosen
+    overrides = [f"parallel.engine={engine}", "model.placement=gpu", "train.checkpointing=full"]
+    cfg = load_config(ROOT / "configs" / "a14b.json", overrides)
+    assert choose_engine(cfg, world) == chosen
 
 
 def test_the_base_is_sized_without_loading_it():

@@ -11,13 +11,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 
 from tempolora.config import ConfigError, LoraConfig
 from tempolora.model.lora import (
-    TARGETS,
-    adapter_rows,
     add_lora,
     load_lora_state,
     lora_parameters,
     set_lora_scale,
 )
+from tempolora.model.targets import TARGETS, adapter_rows
 from tempolora.results.export import apply_lora_file, check_lora_file, export_lora, read_metadata
 from tempolora.results.names import lora_file_name
 from tempolora.timebase import TimeBase

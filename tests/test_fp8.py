@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tempolora.config import ConfigError, ModelConfig, load_config
+from tempolora.launched import check_engine
 from tempolora.model import fp8, wan
 from tempolora.model.location import PART_OF
 from tempolora.model.lora import add_lora, lora_parameters
 from tempolora.results.export import apply_lora_file, export_lora
-from tempolora.train.engine import build_engine, check_engine
+from tempolora.train.engine import build_engine
 from tempolora.train.world import World
 
 TOY = Path(__file__).parents[1] / "configs" / "toy.json"

@@ -16,13 +16,10 @@ from tempolora.model.lora import (
     add_lora,
     load_lora_state,
     lora_parameters,
-    scaling,
     set_lora_scale,
     standard_lora,
-    target_modules,
-    time_channels,
-    time_rows,
 )
+from tempolora.model.targets import scaling, target_modules, time_channels, time_rows
 from tempolora.timebase import TimeBase
 
 HEADS, HEAD_DIM = 2, 128

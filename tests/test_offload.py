@@ -4,7 +4,6 @@ The reference is the model that lies on the device as a whole, with full checkpo
 """
 
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from conftest import SMALL, overrides
 from safetensors.torch import load_file
 
 from tempolora.config import ConfigError, load_config
+from tempolora.launched import check_engine
 from tempolora.model import wan
 from tempolora.model.offload import HostMemory, Lane, StreamedWeights
 from tempolora.model.parts import whole
 from tempolora.train import recompute
-from tempolora.train.engine import build_engine, check_engine, choose_engine
+from tempolora.train.engine import build_engine, choose_engine
 from tempolora.train.recompute import KeptInputs
 from tempolora.train.world import World
 
@@ -414,8 +414,8 @@ def test_what_cannot_work_is_refused(settings, says):
 
 def test_the_deepspeed_launcher_is_refused_and_several_processes_do_not_shard(monkeypatch):
     cfg = toy(*BOTH)
-    assert choose_engine(cfg, World(0, 2, CPU), math.inf) == "ddp"
-    monkeypatch.setattr("tempolora.train.engine.launched_by_deepspeed", lambda: True)
+    assert choose_engine(cfg, World(0, 2, CPU)) == "ddp"
+    monkeypatch.setattr("tempolora.launched.launched_by_deepspeed", lambda: True)
     with pytest.raises(ConfigError, match="deepspeed launcher"):
         check_engine(cfg, 2)
 

@@ -8,7 +8,7 @@ from conftest import SMALL, overrides
 
 from tempolora import cli
 from tempolora.config import ConfigError, load_config
-from tempolora.train.engine import check_engine
+from tempolora.launched import check_engine
 from tempolora.train.metrics import MetricsLog
 
 
@@ -62,6 +62,7 @@ def test_a_folder_of_an_expert_that_is_not_trained_is_refused(toy_shards, out, c
         ("lora.target=qk", "lora.target: the checkpoint"),
         ("train.seed=1", "train.seed: the checkpoint"),
         ("train.optimizer=adamw8bit", "train.optimizer: the checkpoint"),
+        ("model.base=bf16", "model.base: the checkpoint"),
         ("model.init=random", "model: a base of fingerprint: the checkpoint"),
     ],
 )

@@ -10,6 +10,7 @@ from test_objective import ALONE, batch, config, guess_zero, objective
 
 from tempolora.train.flow import unshift_sigma
 from tempolora.train.watch import FREEZE_WINDOW, FreezeAlarm, Watch, bin_centres
+from tempolora.train.work import work_of
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])
@@ -28,6 +29,7 @@ def test_a_logged_step_has_every_term_its_gradient_share_and_the_loss_by_sigma()
     made = objective(cfg, calibrated_on=batch(cfg))
     watch = Watch(cfg, "high", ALONE)
     watch.begin()
+    watch.fetched()
     flows = {}
     for seed, sigma in enumerate((0.88, 0.93, 0.99)):
         drawn = batch(cfg, seed, sigma=(sigma, sigma))
@@ -36,6 +38,14 @@ def test_a_logged_step_has_every_term_its_gradient_share_and_the_loss_by_sigma()
         flows[sigma] = outcome.flow_B.mean().item()
     values = watch.values(made, 7, torch.tensor(0.5), 1e-4)
     assert values["loss"] > values["flow"] == pytest.approx(np.mean([*flows.values()]))
+    assert values["samples_per_s"] == pytest.approx(6 / values["seconds"])
+    tokens = 13 * 4 * 4
+    assert values["tokens_per_s"] == pytest.approx(tokens * values["samples_per_s"])
+    work = work_of(cfg, "high")
+    assert work.tokens == tokens
+    flops = work.flops.total / cfg.train.batch_size
+    assert values["model_tflops"] == pytest.approx(flops / 1e12 * values["samples_per_s"])
+    assert 0 < values["data_wait"] < 0.5
     assert set(values["grad_share"]) == {"spectral", "tv"}
     assert values["grad_norm"] == 0.5 and values["lr"] == 1e-4
     assert 0 < values["motion"] < math.inf

@@ -3,7 +3,17 @@
 import argparse
 import importlib
 
-NAMES = ("guidance", "kernels", "loader", "memory", "precompute", "resample", "rhythm", "step")
+NAMES = (
+    "guidance",
+    "kernels",
+    "loader",
+    "memory",
+    "plan",
+    "precompute",
+    "resample",
+    "rhythm",
+    "step",
+)
 
 
 def main() -> None:

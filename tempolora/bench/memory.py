@@ -23,7 +23,7 @@ from tempolora.files import write_json
 GIB = 2**30
 COMMON = ("model.init=random", "train.optimizer=adamw", "train.compile=true")
 ROWS = {
-    "reference": ("train.checkpointing=full",),
+    "reference": ("train.checkpointing=full", "model.placement=gpu"),
     "7.3": ("model.placement=host", "train.checkpointing=offload", "parallel.gpu_memory_gib=7.3"),
     "12": ("model.placement=host", "train.checkpointing=offload", "parallel.gpu_memory_gib=12"),
     "24": ("model.placement=host", "train.checkpointing=full", "parallel.gpu_memory_gib=24"),

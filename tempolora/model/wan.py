@@ -58,7 +58,8 @@ RANDOM_STD = 0.02
 TEXT_MULTIPLE = 16  # tokens: few lengths, all good for matrix products
 _MIB = 2**20
 # of what is not an 8-bit layer
-_DTYPE = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+_BF16 = torch.bfloat16
+_DTYPE = {"auto": _BF16, "bf16": _BF16, "fp8": _BF16, "fp32": torch.float32}
 
 
 # --- Building and loading -------------------------------------------------------------------------
@@ -87,8 +88,8 @@ def load_transformer(
     Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
     modulation tables). Tensors are cast one by one while they are read. With base "fp8" the blocks'
     linear layers are Fp8Linear, rounded one by one. With `model.placement` host the blocks'
-    matrices are in host memory and `device` sees them in turn. Raises ConfigError if the weights
-    cannot be had or do not fit.
+    matrices are in host memory and `device` sees them in turn. A base or placement left at "auto"
+    is bf16 on `device`. Raises ConfigError if the weights cannot be had or do not fit.
     """
     part, hosted = PART_OF[expert], "blocks." if model.placement == "host" else None
     cls, new = WanTransformer3DModel, new_transformer

@@ -56,6 +56,9 @@ OTHERS = {
     "sigma": "Mean sigma",
     "seconds": "Seconds per step",
     "samples_per_s": "Samples per second",
+    "tokens_per_s": "Tokens per second",
+    "model_tflops": "Model TFLOP/s on each GPU",
+    "data_wait": "Share of a step spent waiting for data",
     "peak_gib": "Peak GPU memory in GiB",
 }
 MEANINGS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tempolora.config import Config, ConfigError, load_config
-from tempolora.model.lora import adapter_rows, target_modules
+from tempolora.model.targets import adapter_rows, target_modules
 
 ROWS = 16  # per head, of the targets that write few
 TOLERANCE = 1.05  # most parameters of a target over fewest

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tempolora.model.lora import ADAPTER, AdapterLinear, RowLora, time_channels
+from tempolora.model.lora import ADAPTER, AdapterLinear, RowLora
+from tempolora.model.targets import time_channels
 
 STREAM = 7  # of random numbers
 

@@ -13,7 +13,7 @@ width D keeps of L tokens, with F the width of the feed-forward layer:
 freed first, before the other blocks need room to be recomputed in) and the others "attention". An
 output is worth keeping by the FLOPs that it saves per byte: L per byte for self-attention, K for a
 product over K channels. So LoRA's up-projections, over its few channels, are always repeated, and
-so is the attention to 512 text tokens.
+so is the attention to 512 text tokens. How many bytes that is says `tempolora.train.work`.
 """
 
 import logging
@@ -31,7 +31,8 @@ from torch.utils.checkpoint import (
 
 from tempolora.config import Config, ConfigError
 from tempolora.model.lora import lora_parameters
-from tempolora.variants import TEXT_TOKENS
+from tempolora.train.plan import SPARE, kept_blocks_in
+from tempolora.train.world import free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 # dynamo would run the rest uncompiled in silence.
 COMPILATIONS = 64
 WORTH_KEEPING = 192  # channels a product sums over: more than a LoRA's rank, fewer than a model's
-SPARE = 0.05  # of a GPU's memory: what an allocator cannot use, libraries' own buffers
-ADAM_BYTES = 12  # per trained value: gradient and two moments, fp32
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -112,53 +111,12 @@ def choose_levels(
     first = int(next(iter(lora_parameters(transformer))).split(".")[1])
     trained = len(transformer.blocks) - first
     below = ["none"] * first  # no gradient goes below the first adapter: nothing is kept there
+    if cfg.train.checkpointing == "auto":
+        return below + ["full"] * trained
     if cfg.train.checkpointing != "selective":
         return below + [cfg.train.checkpointing] * trained
     kept = _kept_blocks(cfg, transformer, device, trained, arriving_bytes)
     return below + ["attention"] * (trained - kept) + ["matmuls"] * kept
-
-
-def kept_bytes(
-    level: str, *, tokens: int, width: int, ffn: int, heads: int, text_tokens: int = TEXT_TOKENS
-) -> int:
-    """Bytes that one block keeps until its backward, at level "full", "attention" or "matmuls".
-
-    bf16 tensors. tokens and text_tokens: of the whole batch. At "matmuls" the tensors of size
-    tokens * width are: input, q, k, v, attention's output, its projection, the cross-attention's q
-    and its projection; one of tokens * ffn is the feed-forward's first product. Attention keeps
-    the logarithm of its denominators as well, fp32 per head and token. The text's keys and values
-    are kept from "attention" up.
-    """
-    hidden, inner = 2 * tokens * width, 2 * tokens * ffn
-    if level == "full":
-        return hidden
-    attention = 2 * hidden + 4 * heads * tokens + 2 * 2 * text_tokens * width
-    return {"attention": attention, "matmuls": attention + 6 * hidden + inner}[level]
-
-
-def transient_bytes(*, tokens: int, width: int, ffn: int) -> int:
-    """Room to run one block's backward in: its recomputed values, gradients and fp32 copies.
-
-    Twelve tensors of tokens * width and four of tokens * ffn, bf16: 7.0 GB for 29,952 tokens of
-    the A14B, where a compiled step with full checkpointing takes 8.0 GB beyond weights and inputs.
-    """
-    return 2 * tokens * (12 * width + 4 * ffn)
-
-
-def choose_kept_blocks(
-    free_bytes: float, *, blocks: int, tokens: int, width: int, ffn: int, heads: int, batch: int
-) -> int:
-    """How many of `blocks` can keep their products when all keep their attention's output.
-
-    free_bytes: beside weights and optimizer. tokens: of the whole batch.
-    """
-    sizes = {"tokens": tokens, "width": width, "ffn": ffn}
-    least, most = (
-        kept_bytes(level, **sizes, heads=heads, text_tokens=batch * TEXT_TOKENS)
-        for level in ("attention", "matmuls")
-    )
-    room = free_bytes - transient_bytes(**sizes) - blocks * least
-    return int(min(blocks, max(0, room // (most - least))))
 
 
 def _kept_blocks(
@@ -175,20 +133,12 @@ def _kept_blocks(
         return asked
     if device.type != "cuda":
         return blocks  # without a GPU there is no such limit
-    free = free_bytes(device) - arriving_bytes
-    free -= ADAM_BYTES * sum(p.numel() for p in lora_parameters(transformer).values())
-    model = transformer.config
-    kept = choose_kept_blocks(
-        free,
-        blocks=blocks,
-        tokens=cfg.train.batch_size * num_tokens(cfg, model.patch_size),
-        width=model.num_attention_heads * model.attention_head_dim,
-        ffn=model.ffn_dim,
-        heads=model.num_attention_heads,
-        batch=cfg.train.batch_size,
-    )
+    allowed = torch.cuda.get_per_process_memory_fraction(device)
+    allowed *= torch.cuda.get_device_properties(device).total_memory
+    room = free_bytes(device) - SPARE * allowed - arriving_bytes
+    kept = kept_blocks_in(room, cfg)
     log.info(
-        "train.kept_blocks: null chose %d of %d, as %.0f GiB are free", kept, blocks, free / 2**30
+        "train.kept_blocks: null chose %d of %d, as %.0f GiB are free", kept, blocks, room / 2**30
     )
     return kept
 
@@ -198,16 +148,6 @@ def num_tokens(cfg: Config, patch_size: tuple[int, int, int]) -> int:
     _, *sizes = cfg.latent_shape
     T, H, W = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
     return T * H * W
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory of a GPU that this process may still use, its own unused reserve included."""
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    free, total = torch.cuda.mem_get_info(device)
-    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + reserved - allocated, allowed - allocated) - SPARE * allowed
 
 
 def _recomputed(forward: Callable[..., Tensor], level: str) -> Callable[..., Tensor]:

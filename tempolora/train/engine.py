@@ -16,60 +16,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tempolora.config import Config, ConfigError, TrainConfig
-from tempolora.launched import launched_by_deepspeed
+from tempolora.config import Config, TrainConfig
+from tempolora.launched import needs_whole_model, uses_deepspeed
 from tempolora.model.lora import lora_parameters
 from tempolora.model.text_attention import fold_text_attention
+from tempolora.train.auto import card_here, with_engine
 from tempolora.train.blocks import prepare_blocks
+from tempolora.train.plan import fitting
 from tempolora.train.recompute import recompute_blocks
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
 
-BASE_SHARE = 0.5  # of a GPU's memory: a larger base leaves too little for activations
 
-
-def uses_deepspeed(cfg: Config) -> bool:
-    """Whether this run's engine is DeepSpeed: by configuration, or by its launcher."""
-    engine = cfg.parallel.engine
-    return engine == "deepspeed" or (engine == "auto" and launched_by_deepspeed())
-
-
-def needs_whole_model(cfg: Config) -> bool:
-    """Whether weights or inputs come and go by our own hand, which sharding engines cannot bear."""
-    return cfg.model.placement == "host" or cfg.train.checkpointing == "offload"
-
-
-def check_engine(cfg: Config, processes: int) -> None:
-    """Raise ConfigError where `parallel.engine` does not go with the number of processes."""
-    engine = cfg.parallel.engine
-    if cfg.model.base == "fp8" and uses_deepspeed(cfg):
-        raise ConfigError(
-            'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '
-            'use "bf16", or parallel.engine "fsdp" or "ddp" under torchrun'
-        )
-    if engine == "plain" and processes > 1:
-        raise ConfigError(
-            f'parallel.engine: "plain" runs on one process, {processes} were started; '
-            'use "auto", "ddp", "fsdp" or "deepspeed"'
-        )
-    if engine in ("ddp", "fsdp") and processes == 1:
-        raise ConfigError(
-            f'parallel.engine: "{engine}" has nothing to share with one process; start several '
-            'with torchrun, or use "auto"'
-        )
-    if uses_deepspeed(cfg) and needs_whole_model(cfg):
-        raise ConfigError(
-            "parallel.engine: under the deepspeed launcher model.placement host and "
-            "train.checkpointing offload do not work; start with torchrun, or leave them to "
-            "parallel.deepspeed's offload_param"
-        )
-
-
-def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
+def choose_engine(cfg: Config, world: World) -> str:
     """The engine that `parallel.engine: auto` stands for here; a set one is returned as it is.
 
-    base_bytes: of the frozen transformer.
+    Every process must call it.
     """
     if cfg.parallel.engine != "auto":
         return cfg.parallel.engine
@@ -79,10 +42,10 @@ def choose_engine(cfg: Config, world: World, base_bytes: int) -> str:
         engine, why = "plain", "there is one process"
     elif needs_whole_model(cfg):
         engine, why = "ddp", "model.placement host and checkpointing offload shard nothing"
-    elif base_bytes <= BASE_SHARE * world.gpu_bytes:
-        engine, why = "ddp", "the base fits on every device"
+    elif fitting(with_engine(cfg, "ddp"), card_here(world)):
+        engine, why = "ddp", "the base is predicted to fit on every device"
     else:
-        engine, why = "fsdp", f"a base of {base_bytes / 2**30:.0f} GiB is best sharded"
+        engine, why = "fsdp", "a whole base is not predicted to fit"
     log.info("parallel.engine: auto chose %s: %s", engine, why)
     return engine
 
@@ -95,7 +58,10 @@ def loading_device(kind: str, cfg: Config, world: World) -> torch.device:
 
 
 def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -> "Engine":
-    """Checkpoint, compile and spread a transformer whose adapters are in place."""
+    """Checkpoint, compile and spread a transformer whose adapters are in place.
+
+    Settings left at "auto" mean weights on the device and full checkpointing.
+    """
     compiled = cfg.train.compile
     if compiled is None:  # ZeRO's hooks are in the way of a graph
         compiled = world.device.type == "cuda" and kind != "deepspeed"
@@ -106,7 +72,7 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
         recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)
         return TorchEngine(cfg.train, transformer, world)
     prepare_blocks(
-        cfg,
+        with_engine(cfg, kind),
         transformer,
         world.device,
         compiled=compiled,

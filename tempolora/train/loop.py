@@ -21,6 +21,7 @@ from tempolora.model.memory import free_memory
 from tempolora.rhythm.bank import Bank
 from tempolora.rhythm.readout import Readout
 from tempolora.train.anchor import Anchor
+from tempolora.train.auto import MemoryAdvice
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.metrics import MetricsLog
@@ -45,8 +46,8 @@ def train_expert(
     """Train one expert's adapters up to `train.max_steps`; the folder of the last checkpoint.
 
     resume: the checkpoint to go on from, or None to start at step 0. Raises FloatingPointError
-    where a gradient is not finite, ConfigError for a damaged sample, and Stopped, with a
-    checkpoint written, where a signal asked for it.
+    where a gradient is not finite, ConfigError for a damaged sample or where the first step runs
+    out of GPU memory, and Stopped, with a checkpoint written, where a signal asked for it.
     """
     done, draws = (resume.state["step"], resume.state["draws"]) if resume else (0, 0)
     if resume and done >= cfg.train.max_steps:
@@ -54,9 +55,11 @@ def train_expert(
         return resume.folder
     train = cfg.train
     objective, rollout = build_objective(cfg, expert, world.device, resume)
-    kind = choose_engine(cfg, world, wan.transformer_bytes(cfg.model, expert))
-    transformer = load_with_adapters(cfg, expert, loading_device(kind, cfg, world), resume)
-    engine = build_engine(kind, cfg, transformer, world)
+    kind = choose_engine(cfg, world)
+    advice = MemoryAdvice(cfg, kind, world)
+    with advice:
+        transformer = load_with_adapters(cfg, expert, loading_device(kind, cfg, world), resume)
+        engine = build_engine(kind, cfg, transformer, world)
     ema = _take_up(cfg, engine, world, resume)
     facts = run_facts(cfg, expert, transformer, engine, world)
     predict = partial(wan.predict_velocity, engine.transformer)
@@ -72,6 +75,7 @@ def train_expert(
     prepare = partial(follow_speed, cfg.lora.kind, engine.transformer)
     watch = Watch(cfg, expert, world)
     with ExitStack() as stack:
+        stack.enter_context(advice)
         stop = stack.enter_context(StopSignal(world))
         out = Path(cfg.output.dir) if world.is_main else None
         metrics = stack.enter_context(MetricsLog(out, expert, done, cfg.output.trackers))
@@ -81,6 +85,7 @@ def train_expert(
         for step in range(done + 1, train.max_steps + 1):
             watch.begin()
             microsteps = list(islice(source, train.gradient_accumulation))
+            watch.fetched()
             if objective.uncalibrated:
                 objective.calibrate(predict, microsteps, world)
             for batch in microsteps:
@@ -97,6 +102,7 @@ def train_expert(
             objective.settle(world)
             rate = lr_at(step, train)
             norm = _apply(engine, rate, step, watch)
+            advice.passed()
             draws += train.batch_size * train.gradient_accumulation * world.size
             if ema is not None:
                 _average(ema, engine.lora_state(), ema_decay_at(step, train.ema_decay))

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from tempolora.config import Config, ConfigError
 from tempolora.files import sha256_of
+from tempolora.launched import uses_deepspeed
 from tempolora.model.location import PART_OF
-from tempolora.model.lora import adapter_rows
+from tempolora.model.targets import adapter_rows
 from tempolora.model.wan import fingerprint
 from tempolora.train import checkpoint
-from tempolora.train.engine import Engine, uses_deepspeed
+from tempolora.train.engine import Engine
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
 
 # What shapes the adapters, the order in which samples and noise come, or the loss's scale.
 FIXED = {
-    "model": ("variant", "task"),
+    "model": ("variant", "task", "base"),
     "lora": ("rank", "alpha", "target", "time_rows", "blocks"),
     "train": ("optimizer", "ema_decay", "seed"),
     "data": ("held_out",),
@@ -107,7 +108,10 @@ def _refuse_other_run(
     before, now = state["config"], cfg.model_dump(mode="json")
     for section, keys in FIXED.items():
         for key in keys:
-            _refuse_unless_equal(found, f"{section}.{key}", before[section][key], now[section][key])
+            if now[section][key] != "auto":  # which takes the checkpoint's
+                _refuse_unless_equal(
+                    found, f"{section}.{key}", before[section][key], now[section][key]
+                )
     rows = adapter_rows(cfg.lora, cfg.timebase, state["head_dim"])
     _refuse_unless_equal(found, "data.num_frames, whose lora.time_rows", state["rows"], rows)
     base = fingerprint(cfg.model, PART_OF[expert])

@@ -13,6 +13,7 @@ from tempolora.config import Config
 from tempolora.train.flow import shift_sigma, u_range
 from tempolora.train.objective import Objective, Outcome
 from tempolora.train.step import Batch
+from tempolora.train.work import work_of
 from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
@@ -46,13 +47,21 @@ class Watch:
         self._edges = shift_sigma(inner, cfg.variant.shift).float().to(world.device)
         self._bins = torch.zeros(2, SIGMA_BINS, device=world.device)  # sums of flow, and counts
         self._alarm = FreezeAlarm()
+        work = work_of(cfg, expert)
+        self._sample_flops = work.flops.total / work.batch
+        self._tokens = work.tokens
         self.begin()
 
     def begin(self) -> None:
         """Start of a step."""
         self._began = time.perf_counter()
+        self._waited = 0.0
         self._terms: list[dict[str, Tensor]] = []
         self.keys: list[str] = []  # the step's samples on this process
+
+    def fetched(self) -> None:
+        """The loader has given the step's samples: what went by since `begin` was waiting."""
+        self._waited = time.perf_counter() - self._began
 
     def add(self, batch: Batch, outcome: Outcome) -> None:
         """One microstep; nothing here waits for the device."""
@@ -77,7 +86,13 @@ class Watch:
         values["flow_by_sigma"] = self._flow_by_sigma()
         seconds = time.perf_counter() - self._began
         samples = len(self.keys) * self._world.size
-        values |= {"seconds": seconds, "samples_per_s": samples / seconds}
+        values |= {
+            "seconds": seconds,
+            "samples_per_s": samples / seconds,
+            "tokens_per_s": samples * self._tokens / seconds,
+            "model_tflops": len(self.keys) * self._sample_flops / seconds / 1e12,
+            "data_wait": self._waited / seconds,
+        }
         if self._world.device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_reserved(self._world.device) / 2**30
         return values

@@ -37,6 +37,14 @@ class World:
             return self.memory_gib * 2**30
         return torch.cuda.get_device_properties(self.device).total_memory
 
+    def free_bytes(self) -> float:
+        """Memory that a run may take on each GPU: the least that is free on any process's, with
+        what torch holds here unused. Every process must call it."""
+        if self.device.type != "cuda":
+            return self.gpu_bytes
+        mine = torch.tensor([[free_bytes(self.device)]], dtype=torch.float64, device=self.device)
+        return self.gather(mine).min().item()
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes, on every one of them; in place."""
         if self.size > 1:
@@ -56,6 +64,14 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a GPU that this process may still use, its own unused reserve included."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + reserved - allocated, allowed - allocated)
 
 
 def pick_device(local_rank: int, memory_gib: float | None = None) -> torch.device:
