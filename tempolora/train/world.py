@@ -68,6 +68,8 @@ class World:
 
 def free_bytes(device: torch.device) -> float:
     """Memory of a GPU that this process may still use, its own unused reserve included."""
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
