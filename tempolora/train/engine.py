@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from tempolora.config import Config, TrainConfig
 from tempolora.launched import needs_whole_model, uses_deepspeed
 from tempolora.model.lora import lora_parameters
-from tempolora.model.text_attention import fold_text_attention
 from tempolora.train.auto import card_here, with_engine
 from tempolora.train.blocks import prepare_blocks
 from tempolora.train.plan import fitting
@@ -65,8 +64,6 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
     compiled = cfg.train.compile
     if compiled is None:  # ZeRO's hooks are in the way of a graph
         compiled = world.device.type == "cuda" and kind != "deepspeed"
-    if world.device.type == "cuda":
-        fold_text_attention(transformer)
     if needs_whole_model(cfg):
         offload = cfg.train.checkpointing == "offload"
         recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)

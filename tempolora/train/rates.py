@@ -29,7 +29,10 @@ CONSTANTS = {
     ),
     "compiled_flight": Constant(17.35, "D", f"{_T2V}, full, compiled: 45.6 GiB"),
     "thirds_flight": Constant(
-        1.0, "of 13 D, or 3 D + 4 F if that is more", "not measured: counted in recompute.py"
+        1.0,
+        "of 13 D, or 3 D + 4 F if that is more",
+        f"{_T2V}, offload and host: 6.09 GiB allocated, 7.23 reserved under a cap of 7.3",
+        False,
     ),
     "fp8_flight": Constant(0.5, "F", "not measured: the widest tensor in 8 bits beside itself"),
     "eager_traffic": Constant(
@@ -38,8 +41,13 @@ CONSTANTS = {
     "compiled_traffic": Constant(
         5.53, "reads and writes of 11 D + 3 F in a pass", f"{_T2V}, full, compiled: 9.44 s"
     ),
-    "fp8_time": Constant(0.6, "of a bf16 product's", "not measured: 1.3 PFLOP/s on an H200"),
-    "exposed": Constant(0.25, "of a transfer", "not measured: what streaming does not hide"),
+    "fp8_time": Constant(
+        0.53,
+        "of a bf16 product's",
+        "H200, products of the A14B's shapes: 1.39 to 1.54 PFLOP/s",
+        False,
+    ),
+    "exposed": Constant(0.0255, "of a transfer", f"{_T2V}, offload and host: 9.50 s"),
     "slack_gib": Constant(0.1, "GiB", "the allocator's rounding; not measured apart", False),
     "context_gib": Constant(0.3, "GiB", "not measured: CUDA context, outside of the peak", False),
     "sample_flight": Constant(
@@ -80,7 +88,7 @@ class Gpu:
     measured: bool = False
 
 
-H200 = Gpu("H200", 780e12, True, 628e12, 555e12, 4.15e12, 50e9, measured=True)
+H200 = Gpu("H200", 780e12, True, 628e12, 555e12, 4.15e12, 55e9, measured=True)
 _PEAK, _BANDWIDTH = 989e12, 4.8e12  # of the H200, by its data sheet
 
 
