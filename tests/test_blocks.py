@@ -75,7 +75,7 @@ def without_inductor(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_compiled_block_keeps_the_bytes_that_were_counted(without_inductor):
     """What `kept_bytes` says, twice as much in fp32, within 10 %: rank 2 adds little."""
     one = ("lora.rank=2", "lora.blocks=[0,1]")

@@ -159,7 +159,9 @@ def test_a_run_with_validation_between_its_steps_is_the_same_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [HOST, BOTH], ids=["host", "both"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(HOST, marks=pytest.mark.soak), BOTH], ids=["host", "both"]
+)
 def test_compiled_parts_are_compiled_once_for_all_blocks(settings, reference):
     from torch._dynamo.utils import counters
 
@@ -423,7 +425,7 @@ def test_the_deepspeed_launcher_is_refused_and_several_processes_do_not_shard(mo
 # --- Bench ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_bench_measures_each_row_in_a_process_of_its_own(tinywan, tmp_path, capsys):
     from tempolora.bench.memory import main
 

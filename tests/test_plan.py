@@ -112,7 +112,7 @@ def test_auto_takes_only_what_was_tried_with_an_engine(engine, levels):
 
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_more_memory_is_never_slower(gpus):
-    """But by 1 % at most where weights come to stay on the GPUs, which is preferred to streaming."""
+    """But by 1 % at most where weights come to stay on the GPUs, which goes before streaming."""
     plans = [best(memory, gpus=gpus) for memory in range(8, 200, 12)]
     seconds = [plan.seconds for plan in plans if plan is not None]
     assert len(seconds) > 12

@@ -17,7 +17,7 @@ from scipy.signal import detrend
 
 from tempolora.cli import default_config
 from tempolora.config import ConfigError, load_config
-from tempolora.data import fit_readout
+from tempolora.data import fit_readout, pipeline
 from tempolora.data.clips import WindowSpec, read_clip
 from tempolora.data.precompute import precompute
 from tempolora.data.readout import BANK, READOUT, load_bank, load_readout, read_checked
@@ -464,7 +464,7 @@ def test_the_pace_is_said(config, caplog):
 def test_a_shard_that_cannot_be_written_ends_the_run_and_the_next_goes_on(
     config, tmp_path, monkeypatch
 ):
-    module, whole = precompute.__module__, []
+    module, whole = pipeline.__name__, []
 
     def full_disk(path, samples, index):
         if whole:
@@ -483,7 +483,7 @@ def test_a_shard_that_cannot_be_written_ends_the_run_and_the_next_goes_on(
 
 def test_a_full_disk_of_frames_only_slows_down(config, monkeypatch):
     """With room for no clip they are decoded one by one."""
-    module, at_once = precompute.__module__, []
+    module, at_once = pipeline.__name__, []
 
     def counting(*arguments):
         at_once.append(1)

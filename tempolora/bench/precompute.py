@@ -203,7 +203,8 @@ class _TimedEncoders(WanEncoders):
 
 def measure_pipeline(cfg: Config, count: int, device: torch.device) -> dict[str, float]:
     """Precompute of drawn clips: clips a second and the VAE's share, once it is warm."""
-    from tempolora.data.precompute import num_decoders, precompute
+    from tempolora.data.pipeline import num_decoders
+    from tempolora.data.precompute import precompute
     from tempolora.data.toy_set import draw_toy_set
 
     logging.basicConfig(level=logging.WARNING)

@@ -6,46 +6,32 @@ fits the readout and writes the manifest. A run that was killed is started again
 """
 
 import logging
-import os
-import queue
 import shutil
 import tempfile
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
-from tempolora.data.audio import Track
 from tempolora.data.clips import (
     Clip,
     ClipRejected,
     DecodedClip,
     DecoderFailed,
-    Window,
-    WindowSpec,
     list_clips,
-    read_clip,
 )
 from tempolora.data.fit_readout import VaeCoder, finish_readout, write_parts
+from tempolora.data.pipeline import LoadedWindow, Pace, ShardWriter, load_ahead
 from tempolora.data.shards import (
-    ABSENT,
-    BROKEN,
-    HEARD,
     MANIFEST,
     PROMPTS,
-    SILENT,
     Sample,
     ShardIndex,
     describe_sound,
@@ -58,20 +44,11 @@ from tempolora.data.shards import (
     refuse_other_fingerprint,
     sample_key,
     write_manifest,
-    write_shard,
 )
 from tempolora.files import replacing, sha256_of
-from tempolora.rhythm.tempo import motion_energy
 from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-LOADED_AHEAD = 2  # windows in memory while the VAE works on another
-DECODERS = (2, 16)  # processes: fewest, most
-SPOOL_BYTES = 2**34  # of decoded frames on disk
-SPACED_WINDOWS = 4  # where data.max_windows is not set
 
 
 class Encoders(VaeCoder, Protocol):
@@ -189,10 +166,11 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
     """Windows through the VAE; all else is done by others, before and behind it."""
     samples: list[Sample] = []
     index = ShardIndex(job.fingerprint)
-    pace = _Pace()
+    pace = Pace()
     bar = tqdm(total=len(job.clips), desc="clips", unit="clip", disable=None)
     # whatever ends this, what is being decoded and written comes to its end first
-    with bar, _Writer(job) as writer, closing(_in_background(_load(job, scratch))) as ready:
+    ahead = closing(load_ahead(job.cfg, job.clips, scratch))
+    with bar, ShardWriter(job.folder, job.rank) as writer, ahead as ready:
         for clip, found, window in ready:
             if window is not None:
                 text_LD = load_file(texts[clip.caption])["text"]
@@ -229,222 +207,12 @@ def _enter(index: ShardIndex, clip: Clip, found: DecodedClip | ClipRejected) -> 
             index.frames["nearest_fallback"] += window.nearest_fallback
 
 
-class _Writer:
-    """Writes shards behind the VAE's back, one at a time, under names no other process uses."""
-
-    def __init__(self, job: _Job) -> None:
-        taken = [int(path.name[6:12]) for path in job.folder.glob(f"{job.rank:05d}-*.tar")]
-        self._folder, self._rank, self._number = job.folder, job.rank, max(taken, default=-1) + 1
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def write(self, samples: list[Sample], index: ShardIndex) -> None:
-        """Begin to write a shard, after the one before; raises what went wrong with that one."""
-        self._settle()
-        path = self._folder / f"{self._rank:05d}-{self._number:06d}.tar"
-        self._number += 1
-        self._last = self._pool.submit(write_shard, path, samples, index)
-
-    def _settle(self) -> None:
-        if self._last is not None:
-            self._last.result()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._pool.shutdown()
-        if kind is None:
-            self._settle()
-
-
-class _Pace:
-    """Entered while the VAE works: how fast clips go, and how much of the time that is.
-
-    The first window's share is not counted: models are loaded and the first clips decoded then.
-    """
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._first: float | None = None
-        self._busy = 0.0
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._left = time.perf_counter()
-        if self._first is None:
-            self._first = self._left
-        else:
-            self._busy += self._left - self._entered
-
-    def describe(self, clips: int) -> str:
-        seconds = time.perf_counter() - self._began
-        said = f"{clips / seconds:.3g} clips/s"
-        if self._first is None or self._left == self._first:
-            return said
-        return f"{said}; the VAE was busy {self._busy / (self._left - self._first):.0%} of the time"
-
-
-@dataclass(frozen=True)
-class _Window:
-    """One window in memory, with what is known of its motion and sound."""
-
-    of: Window
-    frames_FHW3: Tensor
-    rhythm: dict[str, Tensor]
-    sound: dict[str, Any]
-
-
-_Heard = list[tuple[dict[str, Tensor], dict[str, Any]]]  # rhythm and sound of each window
-
-
-def _in_background(items: Iterator[T]) -> Iterator[T]:
-    """The items, made LOADED_AHEAD of the caller by a thread; its error is raised here."""
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(LOADED_AHEAD)
-    closing_down = threading.Event()
-
-    def make() -> None:
-        error = None
-        with closing(items):
-            try:
-                for item in items:
-                    if not put((item, None)):
-                        return
-            except BaseException as raised:  # to be raised in the other thread
-                error = raised
-        put((None, error or StopIteration()))
-
-    def put(entry: tuple[T | None, BaseException | None]) -> bool:
-        while not closing_down.is_set():
-            try:
-                made.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        closing_down.set()
-        thread.join()
-
-
-def _load(
-    job: _Job, scratch: Path
-) -> Iterator[tuple[Clip, DecodedClip | ClipRejected, _Window | None]]:
-    """Each clip's windows, and then the clip with None."""
-    pinned = torch.cuda.is_available()  # whence the GPU copies without waiting
-    with closing(_decode_ahead(job, scratch)) as decoded:
-        for clip, found, heard in decoded:
-            for position, (rhythm, sound) in enumerate(heard):
-                window = found.windows[position]
-                stored = window.frames
-                frames_FHW3 = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=pinned)
-                frames_FHW3.numpy()[...] = stored
-                yield clip, found, _Window(window, frames_FHW3, rhythm, sound)
-            yield clip, found, None
-
-
-def _decode_ahead(
-    job: _Job, scratch: Path
-) -> Iterator[tuple[Clip, DecodedClip | ClipRejected, _Heard]]:
-    """Clips in their order, decoded in subprocesses while others work on those before.
-
-    As many at once as there are processors for, and as have room on disk. A clip's frames are gone
-    when the next one is asked for.
-    """
-    data = job.cfg.data
-    spec = WindowSpec(
-        fps=job.cfg.timebase.fps,
-        num_frames=data.num_frames,
-        height=data.height,
-        width=data.width,
-        windows=data.windows,
-        max_windows=data.max_windows or SPACED_WINDOWS,
-        resample=data.resample,
-        speeds=data.speeds,
-    )
-    decoders = num_decoders(data.workers)
-    room = min(SPOOL_BYTES, shutil.disk_usage(scratch).free // 2)
-    windows = len(data.speeds) * (spec.max_windows if data.windows == "spaced" else 1)
-    largest = windows * 3 * spec.num_frames * spec.height * spec.width  # bytes of a clip so far
-
-    def read(position: int) -> tuple[DecodedClip, _Heard]:
-        workdir = scratch / f"clip-{position}"
-        clip = job.clips[position]
-        decoded = read_clip(clip.path, spec, workdir, data.decode_timeout_s)
-        return decoded, list(_motion_and_sound(decoded, spec.fps))
-
-    pool = ThreadPoolExecutor(decoders)
-    try:
-        running: deque[Future[tuple[DecodedClip, _Heard]]] = deque()
-        for position, clip in enumerate(job.clips):
-            while position + len(running) < len(job.clips) and (
-                not running
-                or (len(running) < 2 * decoders and (len(running) + 1) * largest <= room)
-            ):
-                running.append(pool.submit(read, position + len(running)))
-            workdir = scratch / f"clip-{position}"
-            try:
-                found, heard = running.popleft().result()
-            except ClipRejected as reason:
-                found, heard = reason, []
-            largest = max(largest, sum(path.stat().st_size for path in workdir.glob("*.npy")))
-            if isinstance(found, DecodedClip) and found.audio_broken:
-                log.warning("%s: %s; it is used without", clip.file, found.no_audio)
-            yield clip, found, heard
-            shutil.rmtree(workdir)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def num_decoders(workers: int) -> int:
-    """Clips decoded at once: two processors for each, shared by the processes of this host.
-
-    workers: the least wanted.
-    """
-    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fewest, most = DECODERS
-    return max(fewest, workers, min(most, processors // 2))
-
-
-def _motion_and_sound(
-    decoded: DecodedClip, fps: float
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Of each window: its rhythm as the sample holds it, and what meta.json says of sound."""
-    track = None
-    if decoded.audio is not None:
-        track = Track(decoded.audio, decoded.audio_rate, decoded.audio_start_s)
-    for window in decoded.windows:
-        rhythm = {"motion_energy": motion_energy(torch.from_numpy(np.array(window.frames)))}
-        sound = {"sound": BROKEN if decoded.audio_broken else ABSENT}
-        if track is not None:
-            sound = {"sound": HEARD if track.is_heard(window.times_s) else SILENT}
-        if sound["sound"] == HEARD:
-            heard = track.window(window.times_s, fps)
-            rhythm["onset"] = torch.from_numpy(heard.onset_F)
-            rhythm["beats_s"] = torch.from_numpy(heard.beats_s)
-            sound["tempo"] = heard.tempo and asdict(heard.tempo)
-        yield rhythm, sound
-
-
 def _sample(
     cfg: Config,
     encoders: Encoders,
     clip: Clip,
     decoded: DecodedClip,
-    window: _Window,
+    window: LoadedWindow,
     latents: dict[str, Tensor],
     text_LD: Tensor,
 ) -> Sample:
