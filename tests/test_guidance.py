@@ -484,7 +484,7 @@ def test_tempo_without_an_adapter_makes_a_video_again_at_its_own_frequency_times
     assert "sampled again" not in caplog.text
     assert main(sample_command(fast, toy_shards, "--tempo", "1.5", "--click")) == 0
     own, asked = map(float, re.search(r"at ([\d.]+) Hz .* at ([\d.]+) Hz", caplog.text).groups())
-    assert asked == pytest.approx(1.5 * own, abs=0.02)
+    assert asked == pytest.approx(min(1.5 * own, 6.0), abs=0.02)
     assert streams(fast)[:2] == (17, pytest.approx(17 / 16, abs=1024 / RATE_HZ))
     assert main(sample_command(again, toy_shards, "--click")) == 0
     assert plain.read_bytes() == again.read_bytes() != fast.read_bytes()
@@ -494,8 +494,24 @@ def test_a_video_that_stands_still_stays_as_it_is(readout, caplog):
     caplog.set_level(logging.INFO, "tempolora")
     still_FHW3 = np.full((FRAMES, 16, 16, 3), 90, np.uint8)
     clock = TimeBase(FPS, FRAMES)
-    assert guide._retimed(clock, readout, Rhythm(speed=2.0), still_FHW3) is None
+    retime = guide.Retime(clock, readout, Rhythm(speed=2.0))
+    assert retime.guide(still_FHW3) is None
     assert "nothing moves" in caplog.text
+
+
+def test_a_video_that_keeps_its_tempo_is_said_to(readout, caplog):
+    caplog.set_level(logging.INFO, "tempolora")
+    retime = guide.Retime(TimeBase(FPS, FRAMES), readout, Rhythm(speed=2.0))
+    slow, fast = (
+        draw_frames(toy.scene("slide", hz, 1.0), fps=FPS, num_frames=FRAMES, height=64, width=64)
+        for hz in (1.5, 3.0)
+    )
+    assert retime.guide(slow).hold is False
+    retime.check(fast)
+    assert "moves at 3.0" in caplog.text and not caplog.records[-1].levelno > logging.INFO
+    retime.check(slow)
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert "the video keeps to its own" in caplog.text
 
 
 def test_a_held_push_turns_what_changes_and_keeps_its_length(readout):

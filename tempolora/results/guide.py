@@ -7,6 +7,7 @@ become its sound.
 """
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SOUNDTRACK, FREQUENCY, SPEED = 0.5, 1.0, 0.5  # strengths by default
 SIGMA = (0.5, 0.95)
+OFF_OCTAVES = 0.25  # from the asked frequency: another one
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,7 @@ def prepare(cfg: Config, rhythm: Rhythm, device: torch.device) -> dict:
     elif rhythm.hz is not None:
         given["guide"] = _guide(cfg, rhythm, _at(clock, rhythm.hz), device)
     elif rhythm.speed is not None:
-        readout = _readout(cfg, rhythm, device)
-
-        def retime(frames_FHW3: np.ndarray) -> Guide | None:
-            guide = _retimed(clock, readout, rhythm, frames_FHW3)
-            return guide and replace(guide, given=_given_frames(cfg))
-
-        given["retime"] = retime
+        given["retime"] = Retime(clock, _readout(cfg, rhythm, device), rhythm, _given_frames(cfg))
     return given
 
 
@@ -134,24 +130,50 @@ def speed_guide(
     return Guide(readout, score, strength, sigma, hold=speed < 1)
 
 
-def _retimed(
-    clock: TimeBase, readout: Readout, rhythm: Rhythm, frames_FHW3: np.ndarray
-) -> Guide | None:
-    """What guides a video, seen as it is, to the speed; None where there is nothing to change."""
-    hz_1, share_1 = _own_hz(frames_FHW3, clock.fps)
-    if hz_1.isnan().any():
-        logger.info("tempo: nothing moves, so there is nothing to make faster or slower")
-        return None
-    hz, speed = hz_1.item(), rhythm.speed
-    logger.info(
-        "tempo: by itself it moves at %.2f Hz (confidence %.2f); it is sampled again at %.2f Hz",
-        hz,
-        share_1.item(),
-        hz * speed,
-    )
-    if hz * speed > highest_hz(clock):
-        logger.warning("tempo: %.2f Hz is the most that can be asked for", highest_hz(clock))
-    return speed_guide(clock, readout, hz_1, speed, rhythm.strength or SPEED, rhythm.sigma)
+@dataclass
+class Retime:
+    """Another speed for one video: seen as it is, it gives the guide to sample it again with.
+
+    given: as of `Guide`.
+    """
+
+    clock: TimeBase
+    readout: Readout
+    rhythm: Rhythm
+    given: int = 0
+
+    def guide(self, frames_FHW3: np.ndarray) -> Guide | None:
+        """For a finished video's uint8 frames; None where there is nothing to change."""
+        hz_1, share_1 = _own_hz(frames_FHW3, self.clock.fps)
+        if hz_1.isnan().any():
+            logger.info("tempo: nothing moves, so there is nothing to make faster or slower")
+            return None
+        rhythm, most = self.rhythm, highest_hz(self.clock)
+        self._asked_hz = min(hz_1.item() * rhythm.speed, most)
+        logger.info(
+            "tempo: by itself it moves at %.2f Hz (confidence %.2f); sampled again at %.2f Hz%s",
+            hz_1.item(),
+            share_1.item(),
+            self._asked_hz,
+            "" if self._asked_hz < most else ", the most that can be asked for",
+        )
+        given = rhythm.strength or SPEED, rhythm.sigma
+        guide = speed_guide(self.clock, self.readout, hz_1, rhythm.speed, *given)
+        return replace(guide, given=self.given)
+
+    def check(self, frames_FHW3: np.ndarray) -> None:
+        """Say what came out; a warning where it is not what was asked for."""
+        hz = _own_hz(frames_FHW3, self.clock.fps)[0].item()
+        if math.isfinite(hz) and abs(math.log2(hz / self._asked_hz)) < OFF_OCTAVES:
+            logger.info("tempo: it moves at %.2f Hz now", hz)
+        else:
+            logger.warning(
+                "tempo: it moves at %.2f Hz and not at %.2f: the video keeps to its own; "
+                "--guide-hz %.2f in place of --tempo pushes harder",
+                hz,
+                self._asked_hz,
+                self._asked_hz,
+            )
 
 
 def _guide(cfg: Config, rhythm: Rhythm, score: Score, device: torch.device) -> Guide:

@@ -37,7 +37,7 @@ from tempolora.model.wan import (
     predict_velocity,
 )
 from tempolora.results.export import apply_lora_file, check_lora_file, read_metadata
-from tempolora.results.guide import Rhythm, heard, prepare
+from tempolora.results.guide import Retime, Rhythm, heard, prepare
 from tempolora.results.names import EXPERTS, lora_file_name
 from tempolora.rhythm.guidance import Guide
 from tempolora.variants import NEGATIVE_PROMPT, Variant
@@ -174,7 +174,7 @@ def sample_video(
     condition: Tensor | None = None,
     first_latent: Tensor | None = None,
     guide: Guide | None = None,
-    retime: Callable[[np.ndarray], Guide | None] | None = None,
+    retime: Retime | None = None,
     soundtrack: np.ndarray | None = None,
     click: bool = False,
 ) -> Path:
@@ -183,8 +183,7 @@ def sample_video(
     text_LD, negative_LD: embeddings at their true length. loras: expert -> LoRA file; without an
     entry the expert is the base model. tempo: adapters beside them, and the speed. condition:
     (C, T, H, W) encoded condition of I2V-A14B; first_latent: (C, 1, H, W) clean first latent frame
-    of 5B image to video, both normalised. retime: given the finished video's uint8 frames, the
-    guide to sample it again with, if any.
+    of 5B image to video, both normalised. retime: the video is sampled again with its guide.
     soundtrack: float (samples, 2) at RATE_HZ, heard from the first frame on. click: a click on each
     beat of the video's own motion is heard too.
     Raises ConfigError, before anything large is loaded, for a LoRA of an expert that the model does
@@ -231,9 +230,10 @@ def sample_video(
         return frames_FHW3
 
     frames_FHW3 = frames_with(guide)
-    if retime is not None:
-        guide = retime(frames_FHW3)
-        frames_FHW3 = frames_FHW3 if guide is None else frames_with(guide)
+    guide = retime and retime.guide(frames_FHW3)
+    if guide is not None:
+        frames_FHW3 = frames_with(guide)
+        retime.check(frames_FHW3)
     sound = heard(frames_FHW3, cfg.timebase.fps, soundtrack, click)
     write_mp4(out, frames_FHW3, cfg.timebase.fps, *([] if sound is None else [sound, RATE_HZ]))
     logger.info("wrote %s", out)
