@@ -196,7 +196,7 @@ class TrainConfig(_Section):
     """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
     default as many as the GPU's free memory allows."""
     compile: bool | None = None
-    """torch.compile each transformer block; by default on a GPU, but not with DeepSpeed."""
+    """torch.compile each transformer block; by default where one process trains on a GPU."""
     seed: Count = 0
     """Seed of LoRA initialisation, data order, noise and sigma."""
     checkpoint_every: Positive = 100

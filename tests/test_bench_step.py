@@ -6,33 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempolora.bench import step
+from tempolora.bench import ceilings, kernel_profile, step
+from tempolora.train.work import work_of
 
 TOY = Path(__file__).parents[1] / "configs" / "toy.json"
-A14B = step.Shape(batch=1, tokens=29952, width=5120, ffn=13824, heads=40, blocks=40)
-
-
-def test_flops_of_the_a14b_step_are_those_counted_before():
-    """3.68 PFLOP at 49x576x1024, and no adapter."""
-    assert sum(A14B.flops({}).values()) == pytest.approx(3.68e15, rel=2e-3)
-    adapter = {"blocks.0.attn1.to_q.lora_A.weight": 16 * 5120}
-    assert A14B.flops(adapter)["lora"] == 3 * 2 * 29952 * 16 * 5120
+A14B = work_of(step.load_config(TOY.with_name("a14b.json")), "high")
 
 
 def test_the_floor_counts_what_is_computed_again():
-    times = {f"{M}x{K}x{N}": 2.0 for M, K, N in A14B.products()}
+    times = {f"{M}x{K}x{N}": 2.0 for M, K, N in ceilings.products(A14B)}
     attention = {"slow": {"forward": 50, "backward": 100}, "fast": {"forward": 30, "backward": 80}}
-    ceilings = {"plain": times, "fp8": {}, "attention": attention}
+    rates = {"plain": times, "fp8": {}, "attention": attention}
     cfg = step.load_config(TOY)
 
     def floor(*levels):
-        return step.floor_seconds(A14B, ceilings, cfg, list(levels))
+        return ceilings.floor_seconds(A14B, rates, cfg, list(levels))
 
     model = 40 * (2 * 16 + 30 + 80) / 1e3
     assert floor() == (pytest.approx(model), pytest.approx(model))
     assert floor("full", "attention", "matmuls")[1] == pytest.approx(model + (14 + 30 + 14) / 1e3)
     fp8 = step.load_config(TOY, ["model.base=fp8"])
-    assert step.floor_seconds(A14B, ceilings, fp8, []) is None
+    assert ceilings.floor_seconds(A14B, rates, fp8, []) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +41,7 @@ def test_the_floor_counts_what_is_computed_again():
     ],
 )
 def test_kernels_are_told_apart_by_name(name, kind):
-    assert step.kernel_class(name) == kind
+    assert kernel_profile.kernel_class(name) == kind
 
 
 def test_variants_of_one_step_agree_and_a_broken_one_is_a_row(tmp_path, capsys, monkeypatch):

@@ -13,31 +13,28 @@ A variant may carry settings of its own: `selective+train.kept_blocks=20`.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tempolora.bench import ceilings, kernel_profile
 from tempolora.config import Config, load_config
 from tempolora.files import write_json
 from tempolora.model import architectures, wan
-from tempolora.model.fp8 import CAPABILITY, quantise_rows
-from tempolora.model.location import PART_OF, part_config
 from tempolora.model.lora import lora_parameters
 from tempolora.model.memory import free_memory
-from tempolora.train.blocks import choose_levels, num_tokens
+from tempolora.train.blocks import choose_levels
 from tempolora.train.engine import build_engine
 from tempolora.train.flow import interpolate, velocity
 from tempolora.train.loop import load_with_adapters
+from tempolora.train.work import Work, work_of
 from tempolora.train.world import World
 from tempolora.variants import TEXT_TOKENS
 
@@ -54,160 +51,6 @@ VARIANTS = _LEVELS | {f"fp8-{name}": (*_FP8, *sets) for name, sets in _LEVELS.it
 LORA_B_STD = 0.01  # of the adapters' B, which starts at zero and would keep A's gradient there
 SIGMA = 0.6
 SEED = 0
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-
-
-@dataclass
-class Shape:
-    """A step's sizes. tokens: of the whole batch, in samples of tokens / batch."""
-
-    batch: int
-    tokens: int
-    width: int
-    ffn: int
-    heads: int
-    blocks: int
-
-    @classmethod
-    def of(cls, cfg: Config) -> "Shape":
-        model = part_config(cfg.model, PART_OF[cfg.experts[0]])
-        batch = cfg.train.batch_size
-        return cls(
-            batch=batch,
-            tokens=batch * num_tokens(cfg, model["patch_size"]),
-            width=model["num_attention_heads"] * model["attention_head_dim"],
-            ffn=model["ffn_dim"],
-            heads=model["num_attention_heads"],
-            blocks=model["num_layers"],
-        )
-
-    def products(self) -> dict[tuple[int, int, int], int]:
-        """(M, K, N) -> how often in one block's forward, and as often in its backward, which swaps
-        K and N: q, k, v, o, the cross-attention's q and o, and the feed-forward's two."""
-        L, D, F_ = self.tokens, self.width, self.ffn
-        return {(L, D, D): 6, (L, D, F_): 1, (L, F_, D): 1}
-
-    def flops(self, lora_values: dict[str, int]) -> dict[str, float]:
-        """FLOPs of a step: the forward and the gradient to inputs; frozen weights need none.
-
-        lora_values: values of each adapter matrix, used once forward and twice backward. The text's
-        keys and values have no gradient to their input.
-        """
-        text = self.batch * TEXT_TOKENS
-        linear = 2 * sum(2 * M * K * N * n for (M, K, N), n in self.products().items())
-        linear += 2 * 2 * text * self.width**2
-        pairs = self.tokens * (self.tokens // self.batch + TEXT_TOKENS)
-        of_text = ("attn2.to_k.", "attn2.to_v.")
-        rows = {
-            name: text if any(layer in name for layer in of_text) else self.tokens
-            for name in lora_values
-        }
-        return {
-            "linear": float(linear * self.blocks),
-            "attention": 3.0 * 4 * pairs * self.width * self.blocks,
-            "lora": 6.0 * sum(rows[name] * count for name, count in lora_values.items()),
-        }
-
-
-# --- Ceilings -----------------------------------------------------------------------------------
-
-
-def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """Median time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def measure_ceilings(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of the model's own products and attention, GB/s of a copy."""
-    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
-    found: dict[str, Any] = {"plain": {}, "fp8": {}, "attention": {}}
-    for M, K, N in shape.products():
-        a, b = (torch.randn(*size, device=device).to(dtype) for size in ((M, K), (N, K)))
-        name = f"{M}x{K}x{N}"
-        found["plain"][name] = milliseconds(lambda a=a, b=b: F.linear(a, b), device)
-        if has_fp8:
-            (a8, sa), (b8, sb) = quantise_rows(a), quantise_rows(b)
-            found["fp8"][name] = milliseconds(
-                lambda a8=a8, sa=sa, b8=b8, sb=sb: torch._scaled_mm(
-                    a8,
-                    b8.t(),
-                    scale_a=sa,
-                    scale_b=sb.view(1, -1),
-                    out_dtype=torch.bfloat16,
-                    use_fast_accum=True,
-                ),
-                device,
-            )
-            del a8, sa, b8, sb
-        del a, b
-    for name, backend in (BACKENDS if device.type == "cuda" else {"math": SDPBackend.MATH}).items():
-        try:
-            found["attention"][name] = _attention_times(shape, dtype, device, backend)
-        except RuntimeError as error:  # this backend takes other shapes, or another GPU
-            print(f"attention {name}: {str(error).splitlines()[0]}", flush=True)
-    found["copy_gb_s"] = _copy_rate(device)
-    free_memory(device)
-    return found
-
-
-def _copy_rate(device: torch.device) -> float:
-    x = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / milliseconds(lambda: y.copy_(x), device) / 1e6
-
-
-def _attention_times(
-    shape: Shape, dtype: torch.dtype, device: torch.device, backend: SDPBackend
-) -> dict[str, float]:
-    """Of one self-attention, laid out in memory as the model's: token, head, channel."""
-    sizes = (shape.batch, shape.tokens // shape.batch, shape.heads, shape.width // shape.heads)
-    q, k, v, grad = (torch.randn(sizes, device=device).to(dtype).transpose(1, 2) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    with sdpa_kernel(backend):
-        forward = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v), device)
-        out = F.scaled_dot_product_attention(q, k, v)
-    backward = milliseconds(
-        lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), device
-    )
-    return {"forward": forward, "backward": backward}
-
-
-def floor_seconds(
-    shape: Shape, ceilings: dict[str, Any], cfg: Config, levels: list[str]
-) -> tuple[float, float] | None:
-    """(seconds of a step at these rates, the same with what the levels recompute).
-
-    Products and self-attention alone; None where the rate of the base's number format is unknown.
-    """
-    times = ceilings["fp8" if cfg.model.base == "fp8" else "plain"]
-    attention = ceilings["attention"]
-    if not times or not attention:
-        return None
-    best = min(attention.values(), key=lambda t: t["forward"] + t["backward"])
-    linear = sum(times[f"{M}x{K}x{N}"] * n for (M, K, N), n in shape.products().items())
-    # the feed-forward's second product is read by nothing that the backward needs
-    again = linear - times[f"{shape.tokens}x{shape.ffn}x{shape.width}"]
-    repeated = {"none": 0, "matmuls": 0, "attention": again, "full": again + best["forward"]}
-    model = shape.blocks * (2 * linear + best["forward"] + best["backward"])
-    return model / 1e3, (model + sum(repeated.get(level, 0) for level in levels)) / 1e3
 
 
 # --- A variant ----------------------------------------------------------------------------------
@@ -222,18 +65,16 @@ class Row:
     reserved_gib: float | None
     allocated_gib: float | None
     levels: dict[str, int]
-    flops: dict[str, float]
+    flops: float
     floor_s: tuple[float, float] | None
     loss: float
     profile: dict[str, tuple[float, int]]
     gradients: dict[str, Tensor]
 
 
-def run_variant(
-    cfg: Config, shape: Shape, ceilings: dict[str, Any], options: argparse.Namespace
-) -> Row:
+def run_variant(cfg: Config, rates: dict[str, Any], options: argparse.Namespace) -> Row:
     """Build the model of a variant, take the steps, and let it go."""
-    device = options.device
+    device, work = options.device, work_of(cfg, cfg.experts[0])
     transformer = load_with_adapters(cfg, cfg.experts[0], device, None)
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in lora_parameters(transformer).items():
@@ -263,13 +104,13 @@ def run_variant(
         peaks = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated())
     profile = {}
     if options.profile:
-        profile = profiled(lambda: (step(), engine.step(1e-6)), device)
+        profile = kernel_profile.profiled(lambda: (step(), engine.step(1e-6)), device)
     return Row(
         seconds,
         *(peak and peak / 2**30 for peak in peaks),
         {level: levels.count(level) for level in dict.fromkeys(levels)},
-        shape.flops({name: gradient.numel() for name, gradient in gradients.items()}),
-        floor_seconds(shape, ceilings, cfg, levels),
+        work.flops.total,
+        ceilings.floor_seconds(work, rates, cfg, levels),
         first_loss,
         profile,
         gradients,
@@ -330,61 +171,6 @@ def _by_block(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {number: torch.cat(parts) for number, parts in blocks.items()}
 
 
-# --- The profile --------------------------------------------------------------------------------
-
-CLASSES = (  # class of a kernel, and what its name contains; the first that fits
-    ("attention backward", ("bprop", "bwd", "attention_backward", "attention_for_cpu_backward")),
-    ("attention forward", ("sdpa", "fmha", "flash", "scaled_dot_product")),
-    ("copy", ("memcpy", "memset", "aten::copy_", "aten::clone")),
-    ("product", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "aten::mm", "addmm", "aten::bmm")),
-    ("fused elementwise (triton)", ("triton",)),
-    ("optimizer", ("multi_tensor", "adam", "foreach")),
-    ("elementwise", ("elementwise", "reduce", "norm", "aten::")),
-    ("other", ("",)),
-)
-
-
-def kernel_class(name: str) -> str:
-    """What kind of work a kernel does, by its name."""
-    return next(kind for kind, parts in CLASSES if any(part in name.lower() for part in parts))
-
-
-def profiled(step: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Milliseconds and launches of each kernel (on a CPU, operator) of one step."""
-    activity = getattr(torch.profiler.ProfilerActivity, device.type.upper())
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        step()
-        _wait(device)
-    if device.type == "cpu":
-        found = profiler.key_averages()
-        return {event.key: (event.self_cpu_time_total / 1e3, event.count) for event in found}
-    # The trace tells kernels from annotations that span many of them.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    kernels: dict[str, tuple[float, int]] = {}
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            ms, count = kernels.get(event["name"], (0.0, 0))
-            kernels[event["name"]] = (ms + event["dur"] / 1e3, count + 1)
-    return kernels
-
-
-def print_profile(name: str, kernels: dict[str, tuple[float, int]]) -> None:
-    """A variant's time by class of kernel, and the dozen kernels that take longest."""
-    classes: dict[str, tuple[float, int]] = {}
-    for kernel, (ms, count) in kernels.items():
-        before = classes.get(kernel_class(kernel), (0.0, 0))
-        classes[kernel_class(kernel)] = (before[0] + ms, before[1] + count)
-    whole = sum(ms for ms, _ in kernels.values())
-    print(f"\n| {name}: kernels | ms | share | launches |\n| --- | --- | --- | --- |")
-    for rows in (classes, kernels):
-        for kind, (ms, count) in sorted(rows.items(), key=lambda row: -row[1][0])[:12]:
-            label = kind.replace("|", " ")[:90]
-            print(f"| {label} | {ms:.1f} | {100 * ms / whole:.1f} % | {count} |", flush=True)
-
-
 # --- The command --------------------------------------------------------------------------------
 
 
@@ -411,21 +197,23 @@ def main(arguments: list[str]) -> None:
         base.append("model.expert=high")
     cfgs = {name: load_config(options.config, [*base, *_overrides(name)]) for name in options.names}
     cfg = load_config(options.config, base)
-    shape = Shape.of(cfg)
+    work = work_of(cfg, cfg.experts[0])
+    shape = {name: getattr(work, name) for name in SHAPE}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{machine}, torch {torch.__version__}; {asdict(shape)}", flush=True)
+    print(f"{machine}, torch {torch.__version__}; {shape}", flush=True)
     dtype = torch.float32 if cfg.model.base == "fp32" else torch.bfloat16
-    ceilings = measure_ceilings(shape, dtype, device)
-    print_ceilings(shape, ceilings)
+    rates = ceilings.measure(work, dtype, device)
+    ceilings.show(work, rates)
     if options.memory_gib:  # not before: the ceilings are the card's
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options.memory_gib * 2**30 / whole, device)
-    records = run_all(cfgs, shape, ceilings, options)
+    records = run_all(cfgs, work, rates, options)
     if options.json:
-        about = {"machine": machine, "torch": torch.__version__, "shape": asdict(shape)}
-        write_json(options.json, about | {"ceilings": ceilings, "variants": records})
+        about = {"machine": machine, "torch": torch.__version__, "shape": shape}
+        write_json(options.json, about | {"ceilings": rates, "variants": records})
 
 
+SHAPE = ("batch", "tokens", "width", "ffn", "heads", "blocks")
 SIZES = ("num_frames", "height", "width")
 
 
@@ -469,24 +257,8 @@ def _overrides(name: str) -> list[str]:
     return [*VARIANTS[variant], *more]
 
 
-def print_ceilings(shape: Shape, ceilings: dict[str, Any]) -> None:
-    """The machine's own rates as a table."""
-    print("| ceiling | ms | TFLOP/s |\n| --- | --- | --- |")
-    for kind in ("plain", "fp8"):
-        for name, ms in ceilings[kind].items():
-            M, K, N = map(int, name.split("x"))
-            print(f"| {kind} product {name} | {ms:.3f} | {2 * M * K * N / ms / 1e9:.0f} |")
-    flops = 4 * shape.tokens * (shape.tokens // shape.batch) * shape.width
-    for name, times in ceilings["attention"].items():
-        # a backward computes five products where the forward computes two
-        for way, factor in (("forward", 1.0), ("backward", 2.5)):
-            rate = factor * flops / times[way] / 1e9
-            print(f"| attention {name} {way} | {times[way]:.2f} | {rate:.0f} |")
-    print(f"| copy, read and written | | {ceilings['copy_gb_s']:.0f} GB/s |", flush=True)
-
-
 def run_all(
-    cfgs: dict[str, Config], shape: Shape, ceilings: dict[str, Any], options: argparse.Namespace
+    cfgs: dict[str, Config], work: Work, rates: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Every variant in turn, a line for each; running out of memory is a line too."""
     print(
@@ -497,13 +269,13 @@ def run_all(
     records: dict[str, dict[str, Any]] = {}
     reference, baseline = None, None
     top = max(
-        2 * M * K * N / ceilings["plain"][f"{M}x{K}x{N}"] / 1e9 for M, K, N in shape.products()
+        2 * M * K * N / rates["plain"][f"{M}x{K}x{N}"] / 1e9 for M, K, N in ceilings.products(work)
     )
     for name, cfg in cfgs.items():
         torch._dynamo.reset()
         free_memory(options.device)
         try:
-            row = run_variant(cfg, shape, ceilings, options)
+            row = run_variant(cfg, rates, options)
         except Exception as error:  # the other variants' figures are wanted all the same
             row, kind = None, type(error).__name__
             records[name] = {"failed": f"{kind}: {str(error).strip().splitlines()[0]}"}
@@ -514,7 +286,7 @@ def run_all(
             reference = row
         median = statistics.median(row.seconds[1:])
         baseline = baseline or median
-        rate = sum(row.flops.values()) / median / 1e12
+        rate = row.flops / median / 1e12
         errors = compare(row, reference) if reference else {}
         records[name] = {
             **{key: value for key, value in vars(row).items() if key != "gradients"},
@@ -527,7 +299,7 @@ def run_all(
         _print_row(name, records[name])
     for name, record in records.items():
         if record.get("profile"):
-            print_profile(name, record["profile"])
+            kernel_profile.show(name, record["profile"])
     return records
 
 

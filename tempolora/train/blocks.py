@@ -143,13 +143,6 @@ def _kept_blocks(
     return kept
 
 
-def num_tokens(cfg: Config, patch_size: tuple[int, int, int]) -> int:
-    """Tokens of one sample."""
-    _, *sizes = cfg.latent_shape
-    T, H, W = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
-    return T * H * W
-
-
 def _recomputed(forward: Callable[..., Tensor], level: str) -> Callable[..., Tensor]:
     """`forward` with gradient checkpointing. A plain function: a functools.partial in its place
     makes torch.compile pass the whole block over in silence."""

@@ -62,8 +62,8 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
     Settings left at "auto" mean weights on the device and full checkpointing.
     """
     compiled = cfg.train.compile
-    if compiled is None:  # ZeRO's hooks are in the way of a graph
-        compiled = world.device.type == "cuda" and kind != "deepspeed"
+    if compiled is None:  # on several GPUs it has not been tried; ZeRO's hooks are in its way
+        compiled = world.device.type == "cuda" and kind == "plain"
     if needs_whole_model(cfg):
         offload = cfg.train.checkpointing == "offload"
         recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)

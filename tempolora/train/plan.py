@@ -153,7 +153,7 @@ class _Step:
         self.cfg, self.work, self.settings, self.gpus = cfg, work, settings, gpus
         self.gpu, self.values = gpu, values
         compiled = cfg.train.compile
-        self.compiled = settings.engine != "deepspeed" if compiled is None else compiled
+        self.compiled = settings.engine == "plain" if compiled is None else compiled
         self.trained_blocks = work.blocks - work.adapted[0]  # those below are not differentiated
 
     def plan(self) -> Plan:
