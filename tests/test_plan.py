@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,13 +111,10 @@ def test_auto_takes_only_what_was_tried_with_an_engine(engine, levels):
 
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_more_memory_is_never_slower(gpus):
-    """But by 1 % at most where weights come to stay on the GPUs, which goes before streaming."""
     plans = [best(memory, gpus=gpus) for memory in range(8, 200, 12)]
     seconds = [plan.seconds for plan in plans if plan is not None]
     assert len(seconds) > 12
-    streamed = [plan.settings.placement == "host" for plan in plans if plan is not None]
-    for (before, was), (after, now) in pairwise(zip(seconds, streamed, strict=True)):
-        assert after <= before * (1.01 if was and not now else 1)
+    assert seconds == sorted(seconds, reverse=True)
     assert seconds[-1] < 0.8 * seconds[0]
 
 

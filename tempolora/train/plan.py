@@ -54,6 +54,11 @@ class Settings:
     checkpointing: str
     kept_blocks: int = 0
 
+    @property
+    def streamed(self) -> bool:
+        """Whether weights or inputs come and go."""
+        return self.placement == "host" or self.checkpointing == "offload"
+
     def keys(self) -> dict[str, Any]:
         """The configuration's keys that say the same, but for the engine."""
         return {
@@ -293,8 +298,10 @@ class _Step:
             compute *= 1 + 4 / 3 / self.cfg.timebase.latent_frames
         transfer = self._transferred() / self.gpu.host_link
         seconds = max(compute, transfer) + self.values["exposed"] * transfer
-        share = self.values.get(f"{self.settings.engine}_share", 1.0) if self.gpus > 1 else 1.0
-        return self.cfg.train.gradient_accumulation * seconds / share
+        if self.gpus > 1:
+            kind = "streamed" if self.settings.streamed else self.settings.engine
+            seconds /= self.values.get(f"{kind}_share", 1.0)
+        return self.cfg.train.gradient_accumulation * seconds
 
     def _compute(self, flops: Flops, again: Flops, backward: bool) -> float:
         """Seconds of products, attention and everything between them, one after the other."""
@@ -454,8 +461,7 @@ def preference(plan: Plan) -> tuple[int, float]:
     """Smaller is better: all on the GPU before what streams weights or inputs, then seconds. fp8
     changes numbers, and comes after bf16 on the GPU."""
     settings = plan.settings
-    streamed = settings.placement == "host" or settings.checkpointing == "offload"
-    return 2 * streamed + (settings.base == "fp8"), plan.seconds
+    return 2 * settings.streamed + (settings.base == "fp8"), plan.seconds
 
 
 def fitting(cfg: Config, card: Card) -> list[Plan]:
