@@ -18,9 +18,8 @@ def motion_energy(frames_FHW3: Tensor) -> Tensor:
     weight = torch.tensor(LUMA, device=frames_FHW3.device)
     change_F = weight.new_zeros(len(frames_FHW3))
     before_HW = None
-    for index, frame_HW3 in enumerate(
-        frames_FHW3
-    ):  # one by one: they stay in the processor's cache
+    # one by one: a frame stays in the processor's cache
+    for index, frame_HW3 in enumerate(frames_FHW3):
         luma_HW = (frame_HW3.float() / 255) @ weight
         if before_HW is not None:
             change_F[index] = (luma_HW - before_HW).abs().mean()
