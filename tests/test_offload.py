@@ -220,7 +220,7 @@ def test_no_more_units_than_slots_are_ever_resident_and_the_rest_are_nan(setting
     cfg = toy(*settings)
     engine, _ = trained(cfg)
     weights, seen = engine.transformer.streamed, []
-    matrices = [m.tensor for packed, _ in weights._packed for m in packed]
+    matrices = [m.tensor for unit in weights._packed for m in unit.matrices]
     resident, bound = weights.resident, []
 
     @contextmanager
@@ -235,7 +235,7 @@ def test_no_more_units_than_slots_are_ever_resident_and_the_rest_are_nan(setting
     assert len(weights._held) == slots
     share = 1 if settings is BOTH else 3
     assert {len(units) for units in seen} == {share}
-    per_unit = [len(packed) for packed, _ in weights._packed]
+    per_unit = [len(unit.matrices) for unit in weights._packed]
     assert bound == [sum(per_unit[unit] for unit in units) for units in seen]
     assert all(t.isnan().all() and t.untyped_storage().nbytes() <= 8 for t in matrices)
 

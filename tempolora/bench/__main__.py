@@ -6,6 +6,7 @@ import importlib
 NAMES = (
     "guidance",
     "kernels",
+    "load",
     "loader",
     "memory",
     "plan",

@@ -131,13 +131,6 @@ def swap_on_meta(transformer: nn.Module) -> set[str]:
     return {f"{name}.weight" for name in layers}
 
 
-def move_quantised(transformer: nn.Module, device: torch.device) -> None:
-    """Move a loaded transformer to `device`, rounding layer by layer on the way."""
-    for name, linear in quantised_layers(transformer).items():
-        transformer.set_submodule(name, Fp8Linear.of(linear, device))
-    transformer.to(device)
-
-
 def quantised_bytes(transformer: nn.Module) -> tuple[int, int]:
     """(values that are rounded to one byte, bytes of the scales that come with them)."""
     layers = quantised_layers(transformer).values()

@@ -57,11 +57,6 @@ def local_folder(model: ModelConfig) -> Path | None:
     return None
 
 
-def source(model: ModelConfig) -> str:
-    """What `from_pretrained` takes: the local folder, else the hub id."""
-    return str(local_folder(model) or model.id)
-
-
 def single_file(model: ModelConfig, part: str) -> Path | None:
     """The single-file checkpoint that stands for `part`, or None where the folder holds it."""
     path = getattr(model.files, part, None)
@@ -79,6 +74,37 @@ def part_config(model: ModelConfig, part: str) -> dict:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one part, by name."""
     return sorted(folder.glob("*.safetensors"))
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The files of one part: those that its index names, else the one of diffusers' usual name.
+
+    Raises ConfigError where one is missing.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _indexed(folder, index)
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    raise ConfigError(
+        f"model.id: {folder} holds no model.safetensors or diffusion_pytorch_model.safetensors, "
+        "nor an index of shards"
+    )
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    """The shards that an index names: all of them lie beside it."""
+    try:
+        shards = set(_read_config(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(f"model.id: {index} is no index of shards") from None
+    missing = shards - {file.name for file in weight_files(folder)}
+    if missing:
+        raise ConfigError(
+            f"model.id: {folder} lacks {min(map(str, missing))}, which {index.name} names"
+        )
+    return [folder / name for name in sorted(shards)]
 
 
 def _check_file(key: str, path: Path) -> None:
@@ -112,14 +138,9 @@ def _check_folder(model: ModelConfig, folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    files = weight_files(folder)
-    if not files:
+    if not weight_files(folder):
         raise ConfigError(f"model.id: {folder} holds no .safetensors file")
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_config(index)["weight_map"].values())
-        missing = shards - {file.name for file in files}
-        if missing:
-            raise ConfigError(f"model.id: {folder} lacks {min(missing)}, which {index.name} names")
+    part_files(folder)
 
 
 def _read_config(path: Path) -> dict:

@@ -13,9 +13,11 @@ every element is NaN: a use out of turn is seen. On a CPU the same code copies a
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,15 +86,25 @@ class HostMemory:
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
         self._rest: Tensor | None = None
+        self._coming: deque[Future[Tensor]] = deque()
         self.taken = 0
         """Bytes, whole pieces."""
+
+    def expect(self, size: int) -> None:
+        """Take `size` bytes in the background: to lock pages lasts as long as to read a disk."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="pin")
+        self._coming.extend(pool.submit(self._piece) for _ in range(math.ceil(size / CHUNK)))
+        pool.shutdown(wait=False)
+
+    def _piece(self) -> Tensor:
+        return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self._pinned)
 
     def take(self, size: int) -> list[Tensor]:
         """`size` bytes as uint8 tensors in a row."""
         spans = []
         while size:
             if self._rest is None or not len(self._rest):
-                self._rest = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self._pinned)
+                self._rest = self._coming.popleft().result() if self._coming else self._piece()
                 self.taken += CHUNK
             spans.append(self._rest[:size])
             self._rest = self._rest[size:]
@@ -104,6 +116,16 @@ def beside(spans: Sequence[Tensor], whole: Tensor) -> list[tuple[Tensor, Tensor]
     """Each span with the bytes of uint8 `whole` that belong to it."""
     lengths = [len(span) for span in spans]
     return list(zip(spans, whole[: sum(lengths)].split(lengths), strict=True))
+
+
+def stand_in(like: Tensor, device: torch.device) -> Tensor:
+    """A tensor of this shape and type on `device` that takes no memory: every element is NaN."""
+    nan = torch.tensor(math.nan if like.is_floating_point() else 0).to(like.dtype)
+    return nan.to(device).expand(like.shape)
+
+
+def _is_stand_in(tensor: Tensor) -> bool:
+    return not any(tensor.stride())
 
 
 @dataclass
@@ -125,6 +147,15 @@ class _Matrix:
         self.tensor.data = self.stand_in
 
 
+@dataclass
+class _Unit:
+    """Matrices, and the host memory of all of them once there is some."""
+
+    matrices: list[_Matrix] = field(default_factory=list)
+    nbytes: int = 0
+    spans: list[Tensor] | None = None
+
+
 @dataclass(eq=False)
 class _Slot:
     buffer: Tensor
@@ -136,8 +167,9 @@ class _Slot:
 class StreamedWeights:
     """The matrices of `units` in host memory; up to `slots` units of them on `device` at a time.
 
-    Takes the units' frozen matrices as they are, on any device, and leaves stand-ins. Everything
-    that is trained later must be added after this: matrices found here are never written back.
+    Takes the units' frozen matrices as they are, on any device, and leaves stand-ins. A matrix that
+    is a stand-in already gets its values from whoever asks for its `place`. Everything that is
+    trained later must be added after this: matrices found here are never written back.
     """
 
     def __init__(
@@ -148,8 +180,10 @@ class StreamedWeights:
         """To be set before the first use."""
         self._lane = lane or Lane(device)
         self._memory = HostMemory(device)
+        self._empty: dict[int, tuple[_Unit, _Matrix]] = {}  # by the id of their tensor
         self._packed = [self._pack(unit) for unit in units]
         self._held: list[_Slot] = []  # least recently used first
+        self._memory.expect(sum(unit.nbytes for unit in self._packed if unit.spans is None))
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -162,7 +196,16 @@ class StreamedWeights:
     @property
     def slot_bytes(self) -> int:
         """GPU memory of one slot: the largest unit."""
-        return max(sum(map(len, spans)) for _, spans in self._packed)
+        return max(unit.nbytes for unit in self._packed)
+
+    def place(self, tensor: Tensor) -> list[Tensor] | None:
+        """Host memory for a matrix that came as a stand-in, to be filled before the first use.
+
+        One-dimensional, of its type, in a row. None for a tensor that is not such a matrix.
+        """
+        if id(tensor) not in self._empty:
+            return None
+        return self._spans(*self._empty[id(tensor)])
 
     @contextmanager
     def resident(self, wanted: Sequence[int], then: Sequence[int] = ()) -> Iterator[None]:
@@ -179,7 +222,7 @@ class StreamedWeights:
             self._fetch(unit, [*wanted, *then])
         for unit, slot in zip(wanted, used, strict=True):
             self._lane.wait(slot.ready)
-            for matrix in self._packed[unit][0]:
+            for matrix in self._packed[unit].matrices:
                 matrix.bind(slot.buffer)
         try:
             yield
@@ -187,7 +230,7 @@ class StreamedWeights:
             free = self._lane.now()
             for unit, slot in zip(wanted, used, strict=True):
                 slot.free = free
-                for matrix in self._packed[unit][0]:
+                for matrix in self._packed[unit].matrices:
                     matrix.release()
 
     def _fetch(self, unit: int, keep: Sequence[int]) -> _Slot:
@@ -195,7 +238,8 @@ class StreamedWeights:
         slot = next((slot for slot in self._held if slot.holds == unit), None)
         if slot is None:
             slot = next(slot for slot in self._held if slot.holds not in keep)
-            pairs = [(part, span) for span, part in beside(self._packed[unit][1], slot.buffer)]
+            spans = self._packed[unit].spans
+            pairs = [(part, span) for span, part in beside(spans, slot.buffer)]
             slot.ready = self._lane.copy(pairs, after=[slot.free])
             slot.holds = unit
         self._held.remove(slot)
@@ -207,25 +251,37 @@ class StreamedWeights:
         self._lane.lend(buffer)
         return _Slot(buffer, free=self._lane.now())
 
-    def _pack(self, unit: nn.Module) -> tuple[list[_Matrix], list[Tensor]]:
-        """Move a unit's matrices into host memory, one unit at a time."""
-        matrices, size = [], 0
-        tensors = {id(t): t for t in (*unit.parameters(), *unit.buffers()) if t.ndim == 2}
+    def _pack(self, module: nn.Module) -> _Unit:
+        """Move a unit's matrices into host memory, or keep room for them."""
+        unit = _Unit()
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if t.ndim == 2}
         for tensor in tensors.values():
             assert not tensor.requires_grad, "only what is frozen is never written back"
-            nan = torch.tensor(math.nan if tensor.is_floating_point() else 0).to(tensor.dtype)
-            stand_in = nan.to(self.device).expand(tensor.shape)
-            matrices.append(_Matrix(tensor, stand_in, size))
-            size += -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
-        packed = torch.empty(size, dtype=torch.uint8)
-        for matrix in matrices:
-            source = as_bytes(matrix.tensor.detach().contiguous())
-            packed[matrix.offset : matrix.offset + len(source)] = source
+            unit.matrices.append(_Matrix(tensor, stand_in(tensor, self.device), unit.nbytes))
+            unit.nbytes += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        for matrix in unit.matrices:
+            if _is_stand_in(matrix.tensor):
+                self._empty[id(matrix.tensor)] = unit, matrix
+            else:
+                source = matrix.tensor.detach().contiguous().view(-1)
+                place = self._spans(unit, matrix)
+                for span, part in zip(place, source.split([len(s) for s in place]), strict=True):
+                    span.copy_(part)
             matrix.release()
-        spans = self._memory.take(size)
-        for span, part in beside(spans, packed):
-            span.copy_(part)
-        return matrices, spans
+        return unit
+
+    def _spans(self, unit: _Unit, matrix: _Matrix) -> list[Tensor]:
+        """A matrix's part of its unit's host memory, in its type."""
+        if unit.spans is None:
+            unit.spans = self._memory.take(unit.nbytes)
+        begin, found = matrix.offset, []
+        end = begin + matrix.stand_in.nbytes
+        for span in unit.spans:
+            cut = span[max(begin, 0) : max(end, 0)]
+            if len(cut):
+                found.append(cut.view(matrix.stand_in.dtype))
+            begin, end = begin - len(span), end - len(span)
+        return found
 
 
 def move(module: nn.Module, device: torch.device) -> None:
@@ -235,7 +291,7 @@ def move(module: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def stream_transformer(transformer: nn.Module, device: torch.device) -> None:
+def stream_transformer(transformer: nn.Module, device: torch.device) -> StreamedWeights:
     """Keep the blocks' matrices of a frozen Wan transformer in host memory, the rest on `device`.
 
     Its forward works as before, without a gradient; `tempolora.train.recompute` gives it one. The
@@ -246,6 +302,7 @@ def stream_transformer(transformer: nn.Module, device: torch.device) -> None:
     move(transformer, device)
     for n, block in enumerate(transformer.blocks):
         block.forward = _in_thirds(block, n, transformer.streamed)
+    return transformer.streamed
 
 
 def _in_thirds(block: nn.Module, n: int, weights: StreamedWeights) -> Callable[..., Tensor]:
@@ -259,12 +316,15 @@ def _in_thirds(block: nn.Module, n: int, weights: StreamedWeights) -> Callable[.
     return forward
 
 
-def stream_layers(module: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
+def stream_layers(
+    module: nn.Module, layers: Sequence[nn.Module], device: torch.device
+) -> StreamedWeights:
     """The same for a stack of layers that each run as a whole, as a text encoder's."""
     weights = StreamedWeights(layers, device)
     move(module, device)
     for n, layer in enumerate(layers):
         layer.forward = _as_a_whole(layer.forward, n, weights)
+    return weights
 
 
 def _as_a_whole(forward: Callable[..., Any], n: int, weights: StreamedWeights) -> Callable:

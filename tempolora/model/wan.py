@@ -28,22 +28,22 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tempolora.config import ConfigError, ModelConfig
 from tempolora.model import fast_vae, fp8
 from tempolora.model.architectures import architecture
+from tempolora.model.checkpoint import DTYPES, Stored, contents, fill, read
 from tempolora.model.location import (
     PART_OF,
     local_folder,
     part_config,
+    part_files,
     single_file,
-    source,
     weight_files,
 )
-from tempolora.model.offload import stream_layers, stream_transformer
+from tempolora.model.offload import StreamedWeights, stand_in, stream_layers, stream_transformer
 from tempolora.variants import TEMPORAL_STRIDE, TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ RANDOM_SEED = 0
 RANDOM_STD = 0.02
 TEXT_MULTIPLE = 16  # tokens: few lengths, all good for matrix products
 _MIB = 2**20
+ROUNDED_VALUES = 2**22  # at a time; rounding takes several times its input in fp32
 # of what is not an 8-bit layer
 _BF16 = torch.bfloat16
 _DTYPE = {"auto": _BF16, "bf16": _BF16, "fp8": _BF16, "fp32": torch.float32}
@@ -77,7 +78,7 @@ def new_vae(config: dict[str, Any]) -> AutoencoderKLWan:
 
 def new_text_encoder(config: dict[str, Any]) -> UMT5EncoderModel:
     """A text encoder of this architecture with transformers' own initialisation."""
-    return UMT5EncoderModel(UMT5Config(**config))
+    return UMT5EncoderModel(UMT5Config.from_dict(config))
 
 
 def load_transformer(
@@ -86,17 +87,14 @@ def load_transformer(
     """The frozen transformer of `expert` ("high", "low" or "single") on `device`.
 
     Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
-    modulation tables). Tensors are cast one by one while they are read. With base "fp8" the blocks'
-    linear layers are Fp8Linear, rounded one by one. With `model.placement` host the blocks'
-    matrices are in host memory and `device` sees them in turn. A base or placement left at "auto"
-    is bf16 on `device`. Raises ConfigError if the weights cannot be had or do not fit.
+    modulation tables). They are read in file order and cast one by one into the memory they stay
+    in. With base "fp8" the blocks' linear layers are Fp8Linear, rounded one by one. With
+    `model.placement` host the blocks' matrices are in host memory and `device` sees them in turn.
+    A base or placement left at "auto" is bf16 on `device`. Raises ConfigError if the weights cannot
+    be had or do not fit.
     """
-    part, hosted = PART_OF[expert], "blocks." if model.placement == "host" else None
-    cls, new = WanTransformer3DModel, new_transformer
-    module = _load(model, part, device, cls, new, _transformer_keys, hosted)
-    if hosted:
-        stream_transformer(module, torch.device(device))
-    return module
+    hosted = ("blocks.", stream_transformer) if model.placement == "host" else None
+    return _load(model, PART_OF[expert], device, new_transformer, _transformer_keys, hosted)
 
 
 def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
@@ -119,7 +117,7 @@ def transformer_bytes(model: ModelConfig, expert: str) -> int:
 
 def load_vae(model: ModelConfig, device: torch.device | str) -> AutoencoderKLWan:
     """The frozen VAE in `model.base` on `device`. Raises ConfigError as load_transformer does."""
-    vae = _load(model, "vae", device, AutoencoderKLWan, new_vae, _vae_keys)
+    vae = _load(model, "vae", device, new_vae, _vae_keys)
     fast_vae.to_channels_last(vae.encoder)
     return vae
 
@@ -132,73 +130,74 @@ def load_text(
     With random weights the tokenizer is TinyWan's, one token per byte, as no vocabulary is at hand.
     `model.placement` host as in load_transformer. Raises ConfigError as that does.
     """
-    part, hosted = "text_encoder", "encoder.block." if model.placement == "host" else None
-    text_encoder = _load(model, part, device, UMT5EncoderModel, new_text_encoder, None, hosted)
-    if hosted:
-        stream_layers(text_encoder, text_encoder.encoder.block, torch.device(device))
+    hosted = ("encoder.block.", _stream_text) if model.placement == "host" else None
+    text_encoder = _load(model, "text_encoder", device, new_text_encoder, None, hosted)
     if model.init == "random":
         model = model.model_copy(update={"id": "tinywan"})
-    tokenizer = _fetch(model, "tokenizer", AutoTokenizer)
+    folder = local_folder(model) or _snapshot(model, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model, "tokenizer", error) from error
     return tokenizer, text_encoder
+
+
+def _stream_text(text_encoder: UMT5EncoderModel, device: torch.device) -> StreamedWeights:
+    return stream_layers(text_encoder, text_encoder.encoder.block, device)
+
+
+Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+# What names begin with that are kept in host memory, and what puts them there.
+Hosted = tuple[str, Callable[[Any, torch.device], StreamedWeights]]
 
 
 def _load(
     model: ModelConfig,
     part: str,
     device: torch.device | str,
-    cls: type,
     new: Callable[[dict[str, Any]], nn.Module],
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
-    hosted: str | None = None,
+    rename: Rename | None,
+    hosted: Hosted | None = None,
 ) -> Any:
-    """One part from its source: random weights, a single file, or a folder or hub id.
-
-    hosted: where it is given, nothing whose name begins so is left on the device.
-    """
+    """One part from its source: random weights, a single file, or a folder or hub id."""
     device, dtype = torch.device(device), _DTYPE[model.base]
-    path = single_file(model, part)
-    in_fp8 = model.base == "fp8" and cls is WanTransformer3DModel
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # threads have another current
+    in_fp8 = model.base == "fp8" and part.startswith("transformer")
     if in_fp8:
         fp8.check_device(device)
     if model.init == "random":
         config = architecture(model.variant, part)
-        module = _random(new, config, part, dtype, device, hosted, in_fp8)
-        return module.requires_grad_(False).eval()
-    if hosted:
-        device = torch.device("cpu")  # whoever asked for it moves the rest
+        prefix, stream = hosted or (None, None)
+        module = _random(new, config, part, dtype, device, prefix, in_fp8)
+        module.requires_grad_(False).eval()
+        if stream:
+            stream(module, device)
+        return module
+    path = single_file(model, part)
     if path is not None:
-        config = part_config(model, part)
-        module = _from_single_file(new, config, path, part, rename, dtype, device, in_fp8)
+        files, config = [path], part_config(model, part)
     else:
-        module, info = _fetch(
-            model,
-            part,
-            cls,
-            dtype=dtype,
-            # each tensor goes straight to its device
-            device_map={"": torch.device("cpu") if in_fp8 else device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if info["missing_keys"]:  # the loader would leave them random, with no more than a warning
-            raise ConfigError(
-                f"model.id: the {part} of {model.id} lacks {min(info['missing_keys'])}"
-            )
-        if in_fp8:
-            fp8.move_quantised(module, device)
-    return module.requires_grad_(False).eval()
-
-
-def _fetch(model: ModelConfig, part: str, cls: type, **options: Any) -> Any:
+        folder = local_folder(model) or _snapshot(model, part)
+        files = part_files(folder / part)
+        config = part_config(model.model_copy(update={"id": str(folder)}), part)
+    module = _on_meta(new, config)
+    stored = _fitting(model, part, module, files, rename)
     try:
-        return cls.from_pretrained(source(model), subfolder=part, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}") from error
-    except NotImplementedError as error:  # a weight that the files lack stays on meta
-        raise ConfigError(
-            f"model.id: the {part} of {model.id} lacks weights; the warning above names them"
-        ) from error
+        return _read(module, stored, dtype, device, hosted, in_fp8)
+    except OSError as error:
+        raise ConfigError(f"{_key(model, part)}: cannot be read: {error}") from error
+
+
+def _key(model: ModelConfig, part: str) -> str:
+    """How a message about a part's weights begins."""
+    path = single_file(model, part)
+    return f"model.files.{part}: {path}" if path else f"model.id: the {part} of {model.id}"
+
+
+def _cannot_load(model: ModelConfig, part: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().split("\n")[0]
+    return ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}")
 
 
 def _random(
@@ -208,7 +207,7 @@ def _random(
     dtype: torch.dtype,
     device: torch.device,
     hosted: str | None,
-    in_fp8: bool = False,
+    in_fp8: bool,
 ) -> nn.Module:
     """The architecture at normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
 
@@ -233,44 +232,123 @@ def _random(
     return _materialise(module, state, device)
 
 
-def _from_single_file(
-    new: Callable[[dict[str, Any]], nn.Module],
-    config: dict[str, Any],
-    path: Path,
-    part: str,
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+def _fitting(
+    model: ModelConfig, part: str, module: nn.Module, files: list[Path], rename: Rename | None
+) -> dict[str, Stored]:
+    """The weights in the files by the names of the module, in diffusers' spelling or the original.
+
+    Raises ConfigError for a torn file, and for any weight too many or too few or of another shape.
+    """
+    found: dict[str, Stored] = {}
+    for path in files:
+        try:
+            held = contents(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{_key(model, part)}: cannot read {path}: {error}") from error
+        for name in held.keys() & found.keys():
+            raise ConfigError(
+                f"{_key(model, part)}: {name} is in {found[name].path} and in {path}; remove one"
+            )
+        found |= held
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if rename:
+        both = (found, _renamed(found, rename))
+        found = max(both, key=lambda names: len(names.keys() & shapes.keys()))
+    for other, name in _ties(module).items():
+        shapes.pop(other)
+        if other in found:
+            tied = found.pop(other)
+            found.setdefault(name, tied)
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = {
+        name: stored
+        for name, stored in found.items()
+        if name in shapes or not any(re.search(pattern, name) for pattern in ignored)
+    }
+    place = files[0] if len(files) == 1 else files[0].parent
+    faults = _faults(found, shapes, place)
+    if faults:
+        lacks = "lacks weights and " if shapes.keys() - found.keys() else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ConfigError(f"{_key(model, part)} {lacks}does not fit: {faults[0]}{more}")
+    return found
+
+
+def _faults(found: dict[str, Stored], shapes: dict[str, tuple[int, ...]], place: Path) -> list[str]:
+    """What is amiss, weight by weight; what is missing first."""
+    faults = [f"there is no {name} in {place}" for name in sorted(shapes.keys() - found.keys())]
+    for name, stored in sorted(found.items()):
+        if name not in shapes:
+            faults.append(f"{name} of {stored.path} has no place in it")
+        elif stored.shape != shapes[name]:
+            faults.append(f"{name} in {stored.path} is {stored.shape}, not {shapes[name]}")
+        elif stored.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            faults.append(f"{name} in {stored.path} is {stored.dtype}, not one of {known}")
+    return faults
+
+
+def _renamed(found: dict[str, Stored], rename: Rename) -> dict[str, Stored]:
+    """`rename` of what is not in memory yet: tensors of no size stand for it."""
+    blanks = {name: torch.empty(stored.shape, device="meta") for name, stored in found.items()}
+    of = {id(blank): found[name] for name, blank in blanks.items()}
+    return {n: of[id(blank)] for n, blank in rename(dict(blanks)).items() if id(blank) in of}
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several, and the first name of each."""
+    first: dict[int, str] = {}
+    named = [(n, first.setdefault(id(p), n)) for n, p in module.named_parameters("", True, False)]
+    return {name: tied for name, tied in named if name != tied}
+
+
+def _read(
+    module: nn.Module,
+    stored: dict[str, Stored],
     dtype: torch.dtype,
     device: torch.device,
-    in_fp8: bool = False,
+    hosted: Hosted | None,
+    in_fp8: bool,
 ) -> nn.Module:
-    """One part from a single file, in diffusers' key names or the original ones.
-
-    Not diffusers' own `from_single_file`: that one casts Wan's fp32 modules to bf16 as well.
-    """
-    module = _on_meta(new, config)
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    try:
-        state = load_file(path)  # memory-mapped: a tensor is read when it is cast
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.files.{part}: cannot read {path}: {error}") from error
-    if set(state) != set(shapes):
-        state = rename(state)
-    wrong = sorted(set(state) ^ set(shapes)) or sorted(
-        name for name in shapes if state[name].shape != shapes[name]
-    )
-    if wrong:
-        name = wrong[0]
-        found = tuple(state[name].shape) if name in state else "nothing"
-        wanted = tuple(shapes[name]) if name in shapes else "nothing"
-        raise ConfigError(
-            f"model.files.{part}: {path} does not fit: {name} is {found}, not {wanted}"
-            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        )
+    """Give a module built on meta the memory it will keep, then fill that as the files are read."""
     rounded = fp8.swap_on_meta(module) if in_fp8 else set()
-    for name in list(state):
-        kind = torch.float32 if _kept_fp32(module, name) else dtype
-        state |= _stored(name, state[name].to(device=device, dtype=kind), rounded)
-    return _materialise(module, state, device)
+    prefix, stream = hosted or (None, None)
+    meta, state = module.state_dict(), {}
+    for name in stored:
+        if name in rounded:
+            blanks = {key: meta[key] for key in (name, _scale_of(name))}
+        else:
+            blanks = {name: meta[name].to(torch.float32 if _kept_fp32(module, name) else dtype)}
+        for key, like in blanks.items():
+            if stream and key.startswith(prefix) and like.ndim == 2:
+                state[key] = stand_in(like, device)
+            else:
+                state[key] = torch.empty_like(like, device=device)
+    _materialise(module, state, device).requires_grad_(False).eval()
+    streamed = stream(module, device) if stream else None
+    tensors = module.state_dict(keep_vars=True)
+
+    def spans(name: str) -> list[Tensor]:
+        place = streamed.place(tensors[name]) if streamed else None
+        return place or [tensors[name].data.view(-1)]
+
+    def home(name: str) -> list[Tensor]:
+        if name in rounded:
+            return [torch.empty(tensors[name].numel(), dtype=dtype, device=device)]
+        return spans(name)
+
+    for name, filled in read(stored, home, pinned=device.type == "cuda"):
+        if name in rounded:
+            whole = filled[0].view(tensors[name].shape)
+            step = max(1, ROUNDED_VALUES // whole.shape[1])
+            for row in range(0, len(whole), step):
+                weight, scale = fp8.quantise_rows(whole[row : row + step])
+                fill(spans(name), row * whole.shape[1], weight.view(-1))
+                fill(spans(_scale_of(name)), row, scale.view(-1))
+            del filled, whole  # before the next one's home is made
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what casting and rounding took
+    return module
 
 
 def _stored(name: str, tensor: Tensor, rounded: set[str]) -> dict[str, Tensor]:
@@ -278,7 +356,11 @@ def _stored(name: str, tensor: Tensor, rounded: set[str]) -> dict[str, Tensor]:
     if name not in rounded:
         return {name: tensor}
     weight, scale = fp8.quantise_rows(tensor)
-    return {name: weight, f"{name.removesuffix('weight')}scale": scale}
+    return {name: weight, _scale_of(name): scale}
+
+
+def _scale_of(name: str) -> str:
+    return f"{name.removesuffix('weight')}scale"
 
 
 def _on_meta(new: Callable[[dict[str, Any]], nn.Module], config: dict[str, Any]) -> nn.Module:
@@ -553,10 +635,10 @@ def _snapshot(model: ModelConfig, part: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(model.id, allow_patterns=[f"{part}/*"]))
+        kinds = ("*",) if part == "tokenizer" else ("*.json", "*.safetensors")
+        return Path(snapshot_download(model.id, allow_patterns=[f"{part}/{k}" for k in kinds]))
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}") from error
+        raise _cannot_load(model, part, error) from error
 
 
 def _digest_json(digest: Any, content: dict[str, Any]) -> Any:
