@@ -241,7 +241,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, help="use no more of the GPU than this")
     parser.add_argument("--profile", action="store_true", help="time by class of kernel, one step")
     options = parser.parse_args(arguments)
-    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     for name in options.names:
         if name.split("+")[0] not in VARIANTS:
             parser.error(f"--variants: no {name.split('+')[0]!r}; known: {', '.join(VARIANTS)}")
