@@ -195,6 +195,9 @@ class TrainConfig(_Section):
     kept_blocks: Count | None = None
     """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
     default as many as the GPU's free memory allows."""
+    host_blocks: Count = 0
+    """Blocks beyond `kept_blocks` that keep the same in pinned host memory (at most all of them);
+    for compiled blocks on whole models."""
     compile: bool | None = None
     """torch.compile each transformer block; by default where one process trains on a GPU."""
     seed: Count = 0
@@ -396,6 +399,16 @@ def _check_lora(cfg: Config) -> None:
         raise ConfigError(
             f"train.kept_blocks: has no meaning with train.checkpointing "
             f"{cfg.train.checkpointing!r}; leave it out"
+        )
+    if cfg.train.host_blocks and cfg.train.checkpointing != "selective":
+        raise ConfigError(
+            f"train.host_blocks: has no meaning with train.checkpointing "
+            f"{cfg.train.checkpointing!r}; leave it out, or set that to selective"
+        )
+    if cfg.train.host_blocks and cfg.train.compile is False:
+        raise ConfigError(
+            "train.host_blocks: what an uncompiled block keeps cannot be moved; set train.compile "
+            "to true, or leave host_blocks out"
         )
     if cfg.lora.blocks and cfg.lora.blocks[0] >= cfg.lora.blocks[1]:
         raise ConfigError(f"lora.blocks: {list(cfg.lora.blocks)} holds no block (first, end)")

@@ -13,9 +13,10 @@ from torch._dynamo.utils import counters
 from tempolora.config import ConfigError, load_config
 from tempolora.model.lora import add_lora, lora_parameters
 from tempolora.model.wan import load_transformer, predict_velocity
-from tempolora.train import blocks
+from tempolora.train import blocks, hosted
 from tempolora.train.engine import build_engine
 from tempolora.train.plan import Settings, kept_blocks_in, predict
+from tempolora.train.recompute import KeptInput
 from tempolora.train.work import kept_bytes
 from tempolora.train.world import World
 
@@ -93,6 +94,33 @@ def test_a_compiled_block_keeps_the_bytes_that_were_counted(without_inductor):
     counted = {level: 2 * kept_bytes(level, **sizes, text_tokens=text[level]) for level in found}
     for more, less in (("attention", "full"), ("matmuls", "attention")):
         assert found[more] - found[less] == pytest.approx(counted[more] - counted[less], rel=0.1)
+
+
+@pytest.mark.slow
+def test_blocks_that_keep_their_outputs_on_the_host_have_the_same_gradients(
+    without_inductor, monkeypatch
+):
+    monkeypatch.setattr(hosted, "SMALLEST", 1)
+    taken = []
+    take = KeptInput.take
+    monkeypatch.setattr(KeptInput, "take", lambda kept: taken.append(take(kept)) or taken[-1])
+    sets = ("train.compile=true", SELECTIVE, "train.kept_blocks=1")
+    kept, _ = one_step(*sets, num_blocks=5)
+    assert not taken
+    ours, _ = one_step(*sets, "train.host_blocks=2", num_blocks=5)
+    assert all(torch.equal(ours[name], kept[name]) for name in kept)
+    assert len(taken) >= 2 * 8  # eight outputs of products and attention in each of two blocks
+
+
+def test_host_blocks_are_spread_among_those_that_are_not_kept():
+    cfg = load_config(TOY, [SELECTIVE, "train.kept_blocks=1", "train.host_blocks=40"])
+    transformer = load_transformer(cfg.model, "high", "cpu")
+    add_lora(transformer, cfg.lora, cfg.timebase, 0)
+    count = len(transformer.blocks)
+    assert blocks.choose_levels(cfg, transformer, CPU) == ["hosted"] * (count - 1) + ["matmuls"]
+    levels = blocks._spread(12, 4)
+    assert [n for n, level in enumerate(levels) if level == "hosted"] == [2, 5, 8, 11]
+    assert blocks._spread(5, 0) == ["attention"] * 5
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ NAMES = (
     "precompute",
     "resample",
     "rhythm",
+    "scaling",
     "step",
 )
 

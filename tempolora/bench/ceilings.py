@@ -117,7 +117,13 @@ def floor_seconds(
     linear = sum(times[f"{M}x{K}x{N}"] * n for (M, K, N), n in products(work).items())
     # the feed-forward's second product is read by nothing that the backward needs
     again = linear - times[f"{work.all_tokens}x{work.ffn}x{work.width}"]
-    repeated = {"none": 0, "matmuls": 0, "attention": again, "full": again + best["forward"]}
+    repeated = {
+        "none": 0,
+        "matmuls": 0,
+        "hosted": 0,
+        "attention": again,
+        "full": again + best["forward"],
+    }
     model = work.blocks * (2 * linear + best["forward"] + best["backward"])
     return model / 1e3, (model + sum(repeated.get(level, 0) for level in levels)) / 1e3
 

@@ -120,17 +120,27 @@ def copy(cfg: Config, steps: int) -> dict[str, float]:
 
 
 def step(cfg: Config, steps: int) -> dict[str, float]:
-    """Training steps on one random sample: seconds, memory, and what is copied in a step."""
-    import torch
-
-    from tempolora.model import wan
-    from tempolora.train.engine import build_engine
-    from tempolora.train.loop import load_with_adapters
+    """Training steps on one GPU: seconds, memory, and what is copied in a step."""
     from tempolora.train.world import World, pick_device
 
     device = pick_device(0, cfg.parallel.gpu_memory_gib)
-    transformer = load_with_adapters(cfg, cfg.experts[0], device, None)
-    engine = build_engine("plain", cfg, transformer, World(0, 1, device))
+    return training_steps(cfg, "plain", World(0, 1, device), steps)
+
+
+def training_steps(cfg: Config, kind: str, world: Any, steps: int) -> dict[str, float]:
+    """Seconds of loading and of steps on one random sample a process, with engine `kind`; memory,
+    and GiB copied in a step. Every process of the world must call it."""
+    import torch
+
+    from tempolora.model import wan
+    from tempolora.train.engine import build_engine, loading_device
+    from tempolora.train.loop import load_with_adapters
+
+    device = world.device
+    begin = _seconds(device)
+    transformer = load_with_adapters(cfg, cfg.experts[0], loading_device(kind, cfg, world), None)
+    engine = build_engine(kind, cfg, transformer, world)
+    load_s = _seconds(device) - begin
     latents_BCTHW = torch.randn(cfg.train.batch_size, *cfg.latent_shape, device=device)
     given: dict[str, Any] = {"per_token_time": cfg.variant.per_token_time}
     if cfg.task == "i2v" and not cfg.variant.per_token_time:
@@ -140,22 +150,27 @@ def step(cfg: Config, steps: int) -> dict[str, float]:
     sigma_B = torch.full((cfg.train.batch_size,), 0.9, device=device)
     seconds = []
     for _ in range(max(2, steps)):
+        world.barrier()
         begin = _seconds(device)
-        v_BCTHW = wan.predict_velocity(transformer, latents_BCTHW, sigma_B, text_BLD, **given)
+        v_BCTHW = wan.predict_velocity(
+            engine.transformer, latents_BCTHW, sigma_B, text_BLD, **given
+        )
         loss = (v_BCTHW - latents_BCTHW).square().mean()
         del v_BCTHW
         engine.backward(loss)
         engine.step(1e-4)
         seconds.append(_seconds(device) - begin)
-    weights = getattr(transformer, "streamed", None)
-    inputs = getattr(transformer, "kept_inputs", None)
-    weight_bytes, input_bytes = (part.host_bytes if part else 0 for part in (weights, inputs))
+    pools = ("streamed", "kept_inputs", "kept_outputs")
+    held = {name: getattr(transformer, name, None) for name in pools}
+    held_bytes = {name: pool.host_bytes if pool else 0 for name, pool in held.items()}
+    sent = held_bytes["kept_inputs"] + held_bytes["kept_outputs"]
     return {
+        "load_s": load_s,
         "first_s": seconds[0],
         "rest_s": statistics.median(seconds[1:]),
-        "host_gib": (weight_bytes + input_bytes) / GIB,
-        "in_gib": (2 * weight_bytes + input_bytes) / GIB,
-        "out_gib": input_bytes / GIB,
+        "host_gib": sum(held_bytes.values()) / GIB,
+        "in_gib": (2 * held_bytes["streamed"] + sent) / GIB,
+        "out_gib": sent / GIB,
     } | _peak(device)
 
 

@@ -102,8 +102,9 @@ def _predicted(row: dict[str, Any], values: Mapping[str, float]) -> dict[str, fl
     gpus, engine = row.get("gpus", 1), cfg.parallel.engine
     if engine == "auto":
         engine = "plain" if gpus == 1 else "ddp"
-    kept = cfg.train.kept_blocks or 0
-    settings = Settings(engine, cfg.model.base, cfg.model.placement, cfg.train.checkpointing, kept)
+    train = cfg.train
+    blocks = (train.kept_blocks or 0, train.host_blocks)
+    settings = Settings(engine, cfg.model.base, cfg.model.placement, train.checkpointing, *blocks)
     plan = predict(cfg, settings, gpus, values=values)
     return {"peak_gib": plan.peak / GIB, "seconds": plan.seconds}
 

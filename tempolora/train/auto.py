@@ -131,9 +131,8 @@ def resolve_beside(cfg: Config, device: torch.device, phase: str) -> Config:
     if device.type != "cuda":
         return changed(cfg, {key: WITHOUT_GPU[key] for key in open_keys})
     card = card_here(World(0, 1, device, cfg.parallel.gpu_memory_gib))
-    one = changed(
-        with_engine(cfg, "plain"), {"train.checkpointing": "full", "train.kept_blocks": None}
-    )
+    level = {"train.checkpointing": "full", "train.kept_blocks": None, "train.host_blocks": 0}
+    one = changed(with_engine(cfg, "plain"), level)
     plans = sorted(candidates(one, card), key=preference)
 
     def peak(settings: Settings) -> float:

@@ -8,9 +8,11 @@ width D keeps of L tokens, with F the width of the feed-forward layer:
                elementwise work and the attention to the text are repeated
     attention  its input and its self-attention's output
     full       its input
+    hosted     the same as matmuls, in pinned host memory (tempolora/train/hosted.py)
 
 `train.checkpointing: selective` gives the last `kept_blocks` blocks level "matmuls" (theirs is
-freed first, before the other blocks need room to be recomputed in) and the others "attention". An
+freed first, before the other blocks need room to be recomputed in), `host_blocks` of the others,
+evenly spread so that copies have time, "hosted", and the rest "attention". An
 output is worth keeping by the FLOPs that it saves per byte: L per byte for self-attention, K for a
 product over K channels. So LoRA's up-projections, over its few channels, are always repeated, and
 so is the attention to 512 text tokens. How many bytes that is says `tempolora.train.work`.
@@ -31,6 +33,7 @@ from torch.utils.checkpoint import (
 
 from tempolora.config import Config, ConfigError
 from tempolora.model.lora import lora_parameters
+from tempolora.train.hosted import HostedBlocks
 from tempolora.train.plan import SPARE, kept_blocks_in
 from tempolora.train.world import free_bytes
 
@@ -80,6 +83,7 @@ def prepare_blocks(
         # made of; without this a second run would compile it again.
         if hasattr(torch._functorch.config, _CACHE_FUNCTIONS):  # not in every torch
             setattr(torch._functorch.config, _CACHE_FUNCTIONS, True)
+    hosted = HostedBlocks(transformer, device) if "hosted" in levels else None
     for block, level in zip(transformer.blocks, levels, strict=True):
         forward = block.forward
         if device.type == "cuda" and not compiled:
@@ -93,6 +97,8 @@ def prepare_blocks(
                 # Outside: the choice is made while a block is compiled, and a graph that holds it
                 # would not be cached.
                 forward = _with_fastest_attention(forward)
+        if hosted:  # outside too: what autograd saves is known once a block is compiled
+            forward = hosted.keeping(block, forward, level == "hosted")
         block.forward = forward
     if device.type == "cuda":
         _report_attention(transformer, device)
@@ -116,7 +122,16 @@ def choose_levels(
     if cfg.train.checkpointing != "selective":
         return below + [cfg.train.checkpointing] * trained
     kept = _kept_blocks(cfg, transformer, device, trained, arriving_bytes)
-    return below + ["attention"] * (trained - kept) + ["matmuls"] * kept
+    return below + _spread(trained - kept, cfg.train.host_blocks) + ["matmuls"] * kept
+
+
+def _spread(count: int, hosted: int) -> list[str]:
+    """Levels of `count` blocks, of which at most `hosted`, evenly spread, are on the host."""
+    hosted = min(count, hosted)
+    return [
+        "hosted" if (n + 1) * hosted // count > n * hosted // count else "attention"
+        for n in range(count)
+    ]
 
 
 def _kept_blocks(
@@ -150,7 +165,7 @@ def _recomputed(forward: Callable[..., Tensor], level: str) -> Callable[..., Ten
         return forward
     options = {"use_reentrant": False}
     if level != "full":
-        options["context_fn"] = {"attention": _keep_attention, "matmuls": _keep_matmuls}[level]
+        options["context_fn"] = _keep_attention if level == "attention" else _keep_matmuls
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return checkpoint(forward, *args, **options, **kwargs)

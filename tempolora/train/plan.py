@@ -46,13 +46,14 @@ FEWEST_FRAMES = 13  # that a spectrum can be had of
 
 @dataclass(frozen=True)
 class Settings:
-    """What the planner may choose. kept_blocks: with checkpointing selective, else 0."""
+    """What the planner may choose. kept_blocks, host_blocks: 0 but with checkpointing selective."""
 
     engine: str
     base: str
     placement: str
     checkpointing: str
     kept_blocks: int = 0
+    host_blocks: int = 0
 
     @property
     def streamed(self) -> bool:
@@ -220,8 +221,16 @@ class _Step:
             # block, and q and k behind their rotation.
             saved = self._values(11, 1) if self.compiled else self._values(20 + self._extra(), 1)
             return self.trained_blocks * (saved + 2 * log_sum_exp + text)
+        kept, hosted = self._whole_blocks()
+        # the hosted block that goes backward, and the one that is fetched meanwhile
+        here = min(2, hosted) * self._block("matmuls")
+        others = self.trained_blocks - hosted
+        return others * self._block("attention") + kept * self.kept_block_bytes + here
+
+    def _whole_blocks(self) -> tuple[int, int]:
+        """Blocks that repeat no product: (on the GPU, on the host)."""
         kept = min(self.settings.kept_blocks, self.trained_blocks)
-        return self.trained_blocks * self._block("attention") + kept * self.kept_block_bytes
+        return kept, min(self.settings.host_blocks, self.trained_blocks - kept)
 
     @cached_property
     def kept_block_bytes(self) -> float:
@@ -242,11 +251,13 @@ class _Step:
     def most_kept_blocks(self, room: float) -> int:
         """Blocks that can keep all their products when all keep their attention's output. room:
         bytes beside frozen weights and adapters."""
-        bare = replace(self.settings, kept_blocks=0)
-        parts = _Step(self.cfg, self.work, bare, self.gpus, self.gpu, self.values)._parts()
-        free = room - sum(b for name, b in parts.items() if name not in ("weights", "LoRA"))
-        most = free // (self._graphs() * self.kept_block_bytes)
-        return int(min(self.trained_blocks, max(0, most)))
+        for kept in range(self.trained_blocks, 0, -1):
+            settings = replace(self.settings, kept_blocks=kept)
+            step = _Step(self.cfg, self.work, settings, self.gpus, self.gpu, self.values)
+            parts = step._parts().items()
+            if sum(b for name, b in parts if name not in ("weights", "LoRA")) <= room:
+                return kept
+        return 0
 
     def _extra(self) -> float:
         """Units of D that a block spends on a timestep for each token, six tables of D in fp32."""
@@ -284,7 +295,8 @@ class _Step:
             pinned += self.work.blocks * self.work.block_matrices(self.settings.base)
         if self.by_thirds:
             pinned += self._graphs() * self.trained_blocks * self._values(3)
-        return pinned
+        _, hosted = self._whole_blocks()
+        return pinned + self._graphs() * hosted * self._block("matmuls")
 
     # --- Seconds ----------------------------------------------------------------------------------
 
@@ -331,8 +343,7 @@ class _Step:
             return Flops()
         one = self.work.block_flops(self.work.adapted[0], entered=True)
         if level == "selective":
-            kept = min(self.settings.kept_blocks, blocks)
-            return Flops(linear_forward=(blocks - kept) * one.linear_forward)
+            return Flops(linear_forward=(blocks - sum(self._whole_blocks())) * one.linear_forward)
         return Flops(blocks * one.linear_forward, 0, blocks * one.attention_forward, 0)
 
     def _transferred(self) -> float:
@@ -343,7 +354,8 @@ class _Step:
             moved += passes * self.work.block_matrices(self.settings.base)
         if self.by_thirds:
             moved += 2 * self.trained_blocks * self._values(3)
-        return moved
+        _, hosted = self._whole_blocks()
+        return moved + 2 * hosted * self._block("matmuls")
 
 
 def hosted_weights(work: Work, base: str, slots: int) -> float:
@@ -357,7 +369,9 @@ def kept_blocks_in(room: float, cfg: Config) -> int:
     """Blocks that keep their products under checkpointing "selective", where train.kept_blocks is
     null. room: bytes of a GPU that already holds what it will of weights and adapters."""
     engine = cfg.parallel.engine
-    settings = Settings(engine, cfg.model.base, cfg.model.placement, "selective")
+    settings = Settings(
+        engine, cfg.model.base, cfg.model.placement, "selective", 0, cfg.train.host_blocks
+    )
     gpus = 1 if engine in ("plain", "auto") else 2  # more need no more than two
     work = work_of(cfg, cfg.experts[0])
     return _Step(cfg, work, settings, gpus, H200, VALUES).most_kept_blocks(room)
@@ -445,11 +459,11 @@ def candidates(cfg: Config, card: Card) -> list[Plan]:
 
 def _with_kept_blocks(cfg: Config, work: Work, settings: Settings, card: Card) -> Plan:
     def step(kept: int) -> _Step:
-        chosen = Settings(**(asdict(settings) | {"kept_blocks": kept}))
+        chosen = replace(settings, kept_blocks=kept, host_blocks=cfg.train.host_blocks)
         return _Step(cfg, work, chosen, card.gpus, card.gpu, VALUES)
 
     if settings.checkpointing != "selective":
-        return step(0).plan()
+        return _Step(cfg, work, settings, card.gpus, card.gpu, VALUES).plan()
     if cfg.train.kept_blocks is not None:
         return step(cfg.train.kept_blocks).plan()
     none = step(0)
@@ -483,6 +497,7 @@ def next_setting(
     changes them, then smaller batches and smaller clips. None where not even these help.
     """
     below = float("inf") if below is None else below
+    card = replace(card, room=min(card.room, below))
     for keys in _changes(cfg, card):
         try:
             other = changed(cfg, keys)
@@ -510,6 +525,8 @@ def _changes(cfg: Config, card: Card) -> Iterator[dict[str, Any]]:
         yield {"train.checkpointing": "selective", "train.kept_blocks": 0}
     if train.kept_blocks is not None:
         free["train.kept_blocks"] = None
+    if train.host_blocks:
+        free["train.host_blocks"] = 0
     levels = ("none", "selective", "full", "offload")
     past = len(levels) if train.checkpointing == "auto" else levels.index(train.checkpointing) + 1
     for level in levels[past:]:

@@ -114,6 +114,8 @@ class Report:
 def _words(plan: Plan) -> str:
     settings = plan.settings
     kept = f" (kept_blocks {settings.kept_blocks})" if settings.checkpointing == "selective" else ""
+    if settings.host_blocks:
+        kept = f"{kept[:-1]}, host_blocks {settings.host_blocks})"
     return (
         f"{settings.engine}, {settings.base} on the {settings.placement}, "
         f"{settings.checkpointing}{kept}"

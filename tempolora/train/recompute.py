@@ -84,21 +84,22 @@ class KeptInput:
     """One tensor in host memory."""
 
     def __init__(self, pool: KeptInputs, x: Tensor) -> None:
-        x = x.contiguous()
-        self._pool, self._shape, self._dtype = pool, x.shape, x.dtype
+        if not is_dense(x):
+            x = x.contiguous()
+        self._pool, self._like = pool, (x.shape, x.stride(), x.dtype)
         self._spans, written_from = pool.take(x.numel() * x.element_size())
-        pairs = beside(self._spans, as_bytes(x))
+        pairs = beside(self._spans, _memory(x))
         self._stored = pool.out.copy(pairs, after=[pool.out.now(), written_from])
         self._x: Tensor | None = None
         self._ready: Any = None
 
     def fetch(self) -> None:
-        """Begin to copy it back, unless that was begun."""
-        if self._x is not None:
+        """Begin to copy it back, unless that was begun or it was taken."""
+        if self._x is not None or self._spans is None:
             return
-        assert self._spans is not None, "backward a second time through a part that was freed"
-        x = torch.empty(self._shape, dtype=self._dtype, device=self._pool.device)
-        pairs = [(part, span) for span, part in beside(self._spans, as_bytes(x))]
+        shape, stride, dtype = self._like
+        x = torch.empty_strided(shape, stride, dtype=dtype, device=self._pool.device)
+        pairs = [(part, span) for span, part in beside(self._spans, _memory(x))]
         back = self._pool.back
         # x's memory may still be read by work issued before
         self._ready = back.copy(pairs, after=[back.now(), self._stored])
@@ -106,6 +107,7 @@ class KeptInput:
 
     def take(self) -> Tensor:
         """The tensor, back on the device; it can be taken once."""
+        assert self._spans is not None, "backward a second time through a graph that was freed"
         self.fetch()
         self._pool.back.wait(self._ready)
         self._pool.give(self._spans, self._ready)
@@ -117,6 +119,21 @@ class KeptInput:
             if self._x is not None:
                 self._pool.back.wait(self._ready)
             self._pool.give(self._spans, self._ready or self._stored)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill its memory, each a place of its own, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _memory(x: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory, as uint8 (N,)."""
+    return as_bytes(x.as_strided((x.numel(),), (1,)))
 
 
 class _Recomputed(torch.autograd.Function):
