@@ -6,7 +6,8 @@
 #
 # Options of sbatch stand before the script and override the lines below; what follows the script
 # goes to launch/train.py. From the environment: CONFIG, PYTHON, NPROC (processes per node; the
-# node's GPUs, or 1), MASTER_ADDR, MASTER_PORT. Submit from the repository's root.
+# node's GPUs, or 1), RETRIES (how often the job may start anew after a failure; 0), MASTER_ADDR,
+# MASTER_PORT. Submit from the repository's root. More: docs/slurm.md.
 #
 #SBATCH --job-name=tempolora-train
 #SBATCH --nodes=1
@@ -19,7 +20,15 @@
 #SBATCH --requeue
 # Five minutes before the time is up this script (B:) hears USR1.
 #SBATCH --signal=B:USR1@300
+##SBATCH --partition=gpu
+##SBATCH --account=project
+##SBATCH --mem=0
 set -euo pipefail
+stopping=0
+trap 'stopping=1' USR1 # early: from here on it must not end this script
+
+# What a run that a signal has stopped, and that has saved, may answer besides 0.
+STOPPED_STATUS=75
 
 # --- Your cluster: uncomment what applies --------------------------------------------------------
 # module load cuda
@@ -41,6 +50,9 @@ if [[ -z "${PYTHON:-}" ]]; then
   if [[ -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]]; then PYTHON="$PWD/.venv/bin/python"; fi
 fi
 export PYTHON
+restarts="${SLURM_RESTART_COUNT:-0}"
+# A job that comes back goes on: `--resume none` is meant for its first start. The last one counts.
+if ((restarts > 0)); then set -- "$@" --resume auto; fi
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # The port follows from the job, so that two jobs on one host do not meet, and stays below the
@@ -50,7 +62,7 @@ export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 # srun no longer takes this over from sbatch by itself.
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
-echo "job:     $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
+echo "job:     $SLURM_JOB_ID, start $((restarts + 1)), $(date -Is)${SLURM_JOB_END_TIME:+, at most until $(date -Is -d "@$SLURM_JOB_END_TIME")}"
 echo "nodes:   ${#hosts[@]} (${hosts[*]}), meeting at $MASTER_ADDR:$MASTER_PORT"
 echo "gpus:    ${SLURM_GPUS_ON_NODE:-0} per node; $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | xargs || true)"
 echo "commit:  $(git describe --always --dirty 2>/dev/null || echo unknown)"
@@ -74,19 +86,44 @@ node='
     launch/train.py --config "$CONFIG" "$@"
 '
 
-# USR1 is passed on to all processes of the step: the trainer saves and ends. It resumes by itself
-# from its last checkpoint (--resume auto), so the job is put back into the queue.
-stopping=0
-trap 'stopping=1; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
 srun "${srun_args[@]}" bash -c "$node" tempolora "$@" &
 step=$!
-status=138 # 128 + USR1: what wait answers when the signal interrupts it
-while ((status == 138)); do
+
+# USR1 goes on to all processes of the step: the trainer saves and ends. While a model loads nobody
+# listens, so it is said again until the step has ended.
+repeater=
+pass_on() {
+  stopping=1
+  if [[ -n "$repeater" ]]; then return; fi
+  while true; do
+    scancel --signal=USR1 "$SLURM_JOB_ID" || true
+    sleep 20
+  done >/dev/null 2>&1 &
+  repeater=$!
+}
+trap pass_on USR1
+if ((stopping)); then pass_on; fi
+interrupted=138 # 128 + USR1: what wait answers when the signal interrupts it
+status=$interrupted
+while kill -0 "$step" 2>/dev/null; do
   status=0
   wait "$step" || status=$?
 done
-if ((stopping && status == 0)); then
-  echo "stopped before the time was up; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+if ((status == interrupted)); then
+  status=0
+  wait "$step" || status=$?
+fi
+if [[ -n "$repeater" ]]; then kill "$repeater" || true; fi
+
+# The trainer resumes by itself from its last checkpoint (--resume auto).
+again=
+if ((stopping && (status == 0 || status == STOPPED_STATUS))); then
+  again="stopped before the time was up"
+elif ((status != 0 && restarts < ${RETRIES:-0})); then
+  again="failed with status $status, start $((restarts + 1)); RETRIES=$RETRIES"
+fi
+if [[ -n "$again" ]]; then
+  echo "$again; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || echo "Slurm refused: submit the same command again" >&2
 fi
 exit "$status"

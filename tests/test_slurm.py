@@ -41,6 +41,10 @@ SCANCEL = """#!/bin/bash
 echo "$*" >> "$RECORD/scancel"
 kill -USR1 $(cat "$RECORD"/pid.*)
 """
+# The pause between two signals, shortened.
+SLEEP = """#!/bin/bash
+exec /bin/sleep 0.3
+"""
 LAUNCHED = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -49,11 +53,12 @@ record, rank = Path(os.environ["RECORD"]), os.environ["RANK"]
 heard = []
 signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
 (record / f"seen.{rank}").write_text(json.dumps({"argv": sys.argv, "env": dict(os.environ)}))
+needed = 3 if "deaf" in sys.argv else 1
 if "wait" in sys.argv:
     (record / f"pid.agent{rank}").write_text(f"{os.getppid()} ")
     (record / f"pid.{rank}").write_text(f"{os.getpid()} ")
     for _ in range(600):
-        if heard:
+        if len(heard) >= needed:
             break
         time.sleep(0.1)
     else:
@@ -70,7 +75,8 @@ def cluster(tmp_path):
     shims = tmp_path / "bin"
     for folder in (repo / "launch", record, shims):
         folder.mkdir(parents=True)
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
+    stand_ins = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "sleep": SLEEP}
+    for name, text in stand_ins.items():
         (shims / name).write_text(text)
         (shims / name).chmod(0o755)
     for name in ("train.py", "precompute.py"):
@@ -83,7 +89,7 @@ def cluster(tmp_path):
             k: v
             for k, v in os.environ.items()
             if not k.startswith(("SLURM_", "CUDA_", "MASTER_"))
-            and k not in ("CONFIG", "NPROC", "OMP_NUM_THREADS")
+            and k not in ("CONFIG", "NPROC", "OMP_NUM_THREADS", "RETRIES", "PARTS")
         }
         return subprocess.Popen(
             ["bash", spooled, *args],
@@ -151,10 +157,13 @@ def test_directives_are_those_a_cluster_needs(script):
     assert "requeue" in options
 
 
-def test_train_asks_for_one_task_per_node_and_an_early_signal():
-    options = directives("train.sh")
-    assert options["ntasks-per-node"] == "1"
-    assert options["signal"] == "B:USR1@300"
+@pytest.mark.parametrize(("script", "seconds"), [("train.sh", 300), ("precompute.sh", 120)])
+def test_the_script_itself_is_signalled_before_the_time_is_up(script, seconds):
+    assert directives(script)["signal"] == f"B:USR1@{seconds}"
+
+
+def test_train_asks_for_one_task_per_node():
+    assert directives("train.sh")["ntasks-per-node"] == "1"
 
 
 def test_precompute_asks_for_one_task_per_gpu():
@@ -196,15 +205,67 @@ def test_train_reports_the_status_of_a_failed_run(cluster):
     assert not (cluster.record / "scontrol").exists()
 
 
-def test_signal_before_the_time_limit_reaches_the_ranks_and_requeues_the_job(cluster):
-    job = cluster("train.sh", "wait", NPROC="2")
+def test_a_failed_run_is_tried_again_as_often_as_asked(cluster):
+    """RETRIES=1: the first start's failure is, the second's is not."""
+    failing = {"PYTHON": "/bin/false", "RETRIES": "1"}
+    finish(cluster("train.sh", **failing), status=1)
+    assert (cluster.record / "scontrol").read_text() == "requeue 4321\n"
+    finish(cluster("train.sh", SLURM_RESTART_COUNT="1", **failing), status=1)
+    assert (cluster.record / "scontrol").read_text() == "requeue 4321\n"
+
+
+def test_a_job_that_comes_back_resumes_even_where_its_first_start_was_anew(cluster):
+    finish(cluster("train.sh", "--resume", "none", NPROC="1", SLURM_RESTART_COUNT="2"))
+    got = seen(cluster)[0]
+    assert got["argv"][3:] == ["--resume", "none", "--resume", "auto"]
+    assert got["env"]["TORCHELASTIC_RUN_ID"] == "4321.2"
+
+
+def waiting(cluster, job, processes):
+    """Until that many processes wait for a signal."""
     deadline = time.monotonic() + 100
-    while sum(bool(p.read_text()) for p in cluster.record.glob("pid.*")) < 4:
+    while sum(bool(p.read_text()) for p in cluster.record.glob("pid.*")) < processes:
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0]
         time.sleep(0.1)
+    return job
+
+
+def test_signal_before_the_time_limit_reaches_the_ranks_and_requeues_the_job(cluster):
+    job = waiting(cluster, cluster("train.sh", "wait", NPROC="2"), 4)
     job.send_signal(signal.SIGUSR1)
     finish(job)
-    assert (cluster.record / "scancel").read_text() == "--signal=USR1 4321\n"
+    assert set((cluster.record / "scancel").read_text().splitlines()) == {"--signal=USR1 4321"}
+    assert (cluster.record / "scontrol").read_text() == "requeue 4321\n"
+
+
+def test_signal_is_repeated_until_the_run_has_heard_it(cluster):
+    """While a model loads nobody listens; here the first two are lost."""
+    job = waiting(cluster, cluster("train.sh", "wait", "deaf", NPROC="1"), 2)
+    job.send_signal(signal.SIGUSR1)
+    finish(job)
+    assert (cluster.record / "scontrol").read_text() == "requeue 4321\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_signal_while_the_job_sets_out_does_not_end_it(cluster, script, tmp_path):
+    """Slurm sends it at once where the time limit is shorter than the notice."""
+    (tmp_path / "bin" / "git").write_text(
+        "#!/bin/bash\nkill -USR1 $(awk '/PPid/ {print $2}' /proc/$PPID/status)\necho now\n"
+    )
+    (tmp_path / "bin" / "git").chmod(0o755)
+    (tmp_path / "bin" / "scancel").write_text('#!/bin/bash\necho $* >> "$RECORD/scancel"\n')
+    finish(cluster(script, NPROC="1"))
+    assert (cluster.record / "scancel").read_text().startswith("--signal=")
+    assert sorted(seen(cluster)) == [0]
+
+
+def test_precompute_that_is_stopped_goes_back_into_the_queue(cluster, tmp_path):
+    (tmp_path / "bin" / "scancel").write_text(
+        '#!/bin/bash\nkill ${1/--signal=/-} $(cat "$RECORD/pid.0")\n'
+    )
+    job = waiting(cluster, cluster("precompute.sh", "wait"), 2)
+    job.send_signal(signal.SIGUSR1)
+    finish(job, status=143)  # 128 + TERM
     assert (cluster.record / "scontrol").read_text() == "requeue 4321\n"
 
 
@@ -232,6 +293,7 @@ def test_precompute_array_covers_every_rank_once(cluster):
                 FAKE_TASKS="2",
                 SLURM_ARRAY_TASK_ID=str(task_id),
                 SLURM_ARRAY_TASK_MIN="2",
+                SLURM_ARRAY_TASK_MAX="6",
                 SLURM_ARRAY_TASK_STEP="2",
                 SLURM_ARRAY_TASK_COUNT="3",
             )
@@ -239,6 +301,30 @@ def test_precompute_array_covers_every_rank_once(cluster):
     ranks = seen(cluster)
     assert sorted(ranks) == list(range(6))
     assert {got["env"]["WORLD_SIZE"] for got in ranks.values()} == {"6"}
+
+
+GAPS = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_MAX": "7",
+    "SLURM_ARRAY_TASK_COUNT": "2",
+}
+
+
+def test_precompute_array_with_gaps_is_parts_of_the_whole_one(cluster):
+    finish(cluster("precompute.sh", FAKE_TASKS="2", PARTS="16", **GAPS))
+    ranks = seen(cluster)
+    assert sorted(ranks) == [14, 15]
+    assert {got["env"]["WORLD_SIZE"] for got in ranks.values()} == {"32"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"), [({}, "how many parts"), ({"PARTS": "7"}, "there is no part 7")]
+)
+def test_precompute_array_that_would_leave_clips_out_is_refused(cluster, parts, said):
+    output = finish(cluster("precompute.sh", **GAPS, **parts), status=2)
+    assert said in output and output.count("\n") == 1
+    assert not seen(cluster)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
