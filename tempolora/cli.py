@@ -280,10 +280,13 @@ def _make_missing_shards(cfg: Config) -> None:
 
 def _until_stopped(train: Callable[..., None], *arguments) -> None:
     """Train; where a signal ended it after a step, say so: that is no error."""
+    from tempolora.train.groups import GroupFailed
     from tempolora.train.stop import Stopped
 
     try:
         train(*arguments)
+    except GroupFailed as failed:
+        sys.exit(f"tempolora: {failed}")
     except Stopped as stopped:
         log.info("%s", stopped)
 

@@ -221,6 +221,9 @@ class ParallelConfig(_Section):
     """ZeRO stage of the deepspeed engine, by default 3."""
     deepspeed: dict[str, Any] = {}
     """Keys laid over the DeepSpeed configuration derived from this file."""
+    expert_split: Literal["auto"] | tuple[Positive, Positive] | None = "auto"
+    """Both experts at once, each on its own group of processes: [high, low] processes, or auto,
+    where that is predicted to end sooner. null: all processes train one expert after the other."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Use no more than this of each GPU; by default all of it."""
 
@@ -329,6 +332,11 @@ def _check_parallel(cfg: Config) -> None:
                     f"parallel.{key}: has no meaning with parallel.engine {parallel.engine!r}; "
                     "leave it out"
                 )
+    if isinstance(parallel.expert_split, tuple) and len(cfg.experts) == 1:
+        raise ConfigError(
+            f"parallel.expert_split: {list(parallel.expert_split)} has no meaning where one expert "
+            "is trained; leave it out"
+        )
     for key, ours in GOVERNED.items():
         if key in parallel.deepspeed:
             raise ConfigError(f"parallel.deepspeed: {key} is derived here; set {ours} instead")

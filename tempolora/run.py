@@ -1,8 +1,9 @@
-"""One training run from shards to report: every expert in turn, then files, videos and the page."""
+"""One training run from shards to report: its experts, then files, videos and the page."""
 
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from tempolora.results.export import export_lora
 from tempolora.results.names import lora_file_name, video_file_name
 from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
-from tempolora.train.auto import resolve, resolve_beside
+from tempolora.train.auto import card_of_this_run, resolve, resolve_beside
 from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
+from tempolora.train.groups import Group
 from tempolora.train.loop import check_objective, check_sound, train_expert
+from tempolora.train.metrics import join_metrics
 from tempolora.train.plan import changed
 from tempolora.train.resume import checkpoint_root, find_resume
 from tempolora.train.speeds import speed_groups
+from tempolora.train.split import shares
 from tempolora.train.stop import Stopped
 from tempolora.train.validate import split_clips
 from tempolora.train.world import join_world, leave_world
@@ -39,10 +43,11 @@ def train_and_report(cfg: Config, resume: str) -> None:
 
     resume: "auto", "none" or a checkpoint folder. All mistakes that settings and files show are
     raised, as ConfigError, before a model is loaded. Raises Stopped where a signal asked for it;
-    the checkpoint is then written, LoRA files, videos and report are not.
+    the checkpoint is then written, LoRA files, videos and report are not. Raises GroupFailed where
+    the other of two expert groups failed.
     """
     out = Path(cfg.output.dir)
-    _, processes, _ = place()
+    rank, processes, local_rank = place()
     check_engine(cfg, processes)
     for expert in cfg.experts:
         check_lora(cfg.lora, cfg.timebase, part_config(cfg.model, PART_OF[expert]))
@@ -55,16 +60,44 @@ def train_and_report(cfg: Config, resume: str) -> None:
     if any(cfg.rhythm.weight("sound", expert) for expert in cfg.experts):
         log.info("%s", check_sound(cfg, reader))
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
-    starts = find_resume(cfg, resume, processes)
-    world = join_world(uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib)
-    asked = cfg
-    cfg = resolve(cfg, world, starts, uses_deepspeed(cfg))
-    check_engine(cfg, processes)  # with what auto has become
-    if world.is_main:
+    sizes = shares(cfg, processes, card_of_this_run(cfg, processes, local_rank))
+    starts = find_resume(cfg, resume, sizes or dict.fromkeys(cfg.experts, processes))
+    with Group(sizes) if sizes else nullcontext() as group:
+        trained, device = _train(cfg, resume, reader, starts, group)
+    if rank == 0:
+        join_metrics(out)
+        if cfg.output.sample_steps:
+            # Videos are made on one GPU, with the base that was trained on.
+            base = changed(cfg, {"model.base": trained.model.base})
+            _write_videos(resolve_beside(base, device, "sampling"), videos, device)
+        log.info("wrote %s", write_report(out))
+
+
+def _train(
+    cfg: Config,
+    resume: str,
+    reader: ShardReader,
+    starts: dict[str, Checkpoint],
+    group: Group | None,
+) -> tuple[Config, torch.device]:
+    """Train the group's expert, or without groups one after the other, and write their LoRA files.
+
+    Returns the configuration as it was resolved, and this process's device.
+    """
+    out = Path(cfg.output.dir)
+    world = join_world(uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib, group and group.seat)
+    experts = (group.expert,) if group else cfg.experts
+    ours = {expert: start for expert, start in starts.items() if expert in experts}
+    cfg = resolve(cfg, world, ours, uses_deepspeed(cfg))
+    check_engine(cfg, world.size)  # with what auto has become
+    if group.is_first if group else world.is_main:
         _prepare_folder(cfg, out, resume, starts)
-    world.barrier()
+    if group:
+        group.await_folder()
+    else:
+        world.barrier()
     try:
-        for expert in cfg.experts:
+        for expert in experts:
             last = train_expert(cfg, expert, reader, world, starts.get(expert))
             if world.is_main:
                 log.info("wrote %s", export_checkpoint(open_checkpoint(last), out))
@@ -72,12 +105,7 @@ def train_and_report(cfg: Config, resume: str) -> None:
         leave_world()
         raise
     leave_world()
-    if world.is_main:
-        if cfg.output.sample_steps:
-            # Videos are made on one GPU, with the base that was trained on.
-            base = changed(asked, {"model.base": cfg.model.base})
-            _write_videos(resolve_beside(base, world.device, "sampling"), videos, world.device)
-        log.info("wrote %s", write_report(out))
+    return cfg, world.device
 
 
 def _prepare_folder(cfg: Config, out: Path, resume: str, starts: dict[str, Checkpoint]) -> None:
@@ -85,6 +113,7 @@ def _prepare_folder(cfg: Config, out: Path, resume: str, starts: dict[str, Check
     out.mkdir(parents=True, exist_ok=True)
     if resume == "none":
         _set_aside(out)
+    join_metrics(out)
     for expert, start in starts.items():
         set_newer_aside(checkpoint_root(cfg, expert), start.state["step"])
     write_json(out / "config.json", cfg.model_dump(mode="json"))
@@ -132,7 +161,7 @@ RESULTS = (
     "checkpoints",
     "compared",
     "config.json",
-    "metrics.jsonl",
+    "metrics*.jsonl",
     "report.html",
     "sample_*_lora*.mp4",
     "tensorboard",

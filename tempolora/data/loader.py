@@ -5,6 +5,7 @@ takes draw n follows from the step and the number of processes, so that a resume
 the very next sample, and a run on more processes sees the same samples in the same order.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -72,11 +73,28 @@ def batches(
         pin_memory=torch.cuda.is_available(),  # a batch that can be pinned is copied in no time
         # fork: the workers only read files, and spawn would import torch again in each of them
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_outlive_sigterm,
     )
     for batch in loader:
         if isinstance(batch, ConfigError):
             raise batch
         yield batch
+
+
+STAY_S = 60  # enough for the step under way
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """In a reader: the SIGTERM that all processes of a job hear must not cost the step under way.
+
+    A second one ends it at once, the first after STAY_S.
+    """
+
+    def stay(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(STAY_S)
+
+    signal.signal(signal.SIGTERM, stay)
 
 
 def _collate_whole(collate: Callable[..., Any], drawn: list[Any]) -> Any:

@@ -89,11 +89,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_metrics(path: Path) -> tuple[Metrics, list[str]]:
     """Per expert its lines in order of step, and remarks for the page.
 
+    Experts that train at once, or were killed then, have a file each beside the common one.
+
     A resumed run writes again the steps after its checkpoint: the later line counts. Lines that a
     killed run left torn are skipped. Step 0 is what was measured before training.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        apart = sorted(path.parent.glob("metrics-*.jsonl"))
+        paths = [path, *apart] if path.exists() or not apart else apart
+        text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in paths)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read ({error.strerror}); a report needs an output folder of training"

@@ -16,6 +16,7 @@ from tempolora.train.plan import (
     Card,
     Settings,
     candidates,
+    card_of,
     changed,
     fitting,
     in_words,
@@ -24,9 +25,10 @@ from tempolora.train.plan import (
     other_peaks,
     preference,
     smallest,
+    with_engine,
 )
 from tempolora.train.rates import GIB, GPUS, H200, Gpu
-from tempolora.train.world import World
+from tempolora.train.world import World, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def card_here(world: World) -> Card:
     """This run's GPUs and host, by what is free on the one that has least."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     host = _free_host_bytes() * world.size / local
-    return Card((1 - SPARE) * world.free_bytes(), world.size, host, _gpu(world.device))
+    return Card((1 - SPARE) * world.free_bytes(), world.size, host, gpu_of(world.device))
 
 
 def _free_host_bytes() -> float:
@@ -48,7 +50,7 @@ def _free_host_bytes() -> float:
     return 1024 * float(sizes["MemAvailable"].split()[0])
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
     """A GPU whose figures are known, or one as fast as an H200: their order is what counts here."""
     if device.type != "cuda":
         return H200
@@ -58,12 +60,16 @@ def _gpu(device: torch.device) -> Gpu:
     return replace(known, name=name, fp8=fp8)
 
 
-def with_engine(cfg: Config, engine: str) -> Config:
-    """The configuration with this engine in the place of "auto"."""
-    keys: dict[str, Any] = {"parallel.engine": engine}
-    if engine != "deepspeed":
-        keys |= {"parallel.zero_stage": None, "parallel.deepspeed": {}}
-    return changed(cfg, keys)
+def card_of_this_run(cfg: Config, processes: int, local_rank: int) -> Card | None:
+    """The GPUs of several processes, all taken to be like this one's own; None without a GPU.
+
+    By their whole memory, not by what is free, so that all processes see the same.
+    """
+    if processes == 1 or not torch.cuda.is_available():
+        return None
+    device = pick_device(local_rank, cfg.parallel.gpu_memory_gib)
+    memory = World(0, 1, device, cfg.parallel.gpu_memory_gib).gpu_bytes
+    return card_of(memory, gpus=processes, gpu=gpu_of(device))
 
 
 def resolve(

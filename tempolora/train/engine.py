@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from tempolora.config import Config, TrainConfig
 from tempolora.launched import needs_whole_model, uses_deepspeed
 from tempolora.model.lora import lora_parameters
-from tempolora.train.auto import card_here, with_engine
+from tempolora.train.auto import card_here
 from tempolora.train.blocks import prepare_blocks
-from tempolora.train.plan import fitting
+from tempolora.train.plan import fitting, with_engine
 from tempolora.train.recompute import recompute_blocks
 from tempolora.train.world import World
 

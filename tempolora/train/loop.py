@@ -77,8 +77,7 @@ def train_expert(
     with ExitStack() as stack:
         stack.enter_context(advice)
         stop = stack.enter_context(StopSignal(world))
-        out = Path(cfg.output.dir) if world.is_main else None
-        metrics = stack.enter_context(MetricsLog(out, expert, done, cfg.output.trackers))
+        metrics = stack.enter_context(_metrics(cfg, expert, done, world))
         bar = stack.enter_context(progress(expert, done, train.max_steps, world))
         if not done and validation.due(0):
             metrics.write(0, validation.measure(objective, predict, world, prepare))
@@ -213,10 +212,16 @@ def _batches(
     )
 
 
+def _metrics(cfg: Config, expert: str, done: int, world: World) -> MetricsLog:
+    out = Path(cfg.output.dir) if world.is_main else None
+    return MetricsLog(out, expert, done, cfg.output.trackers, apart=world.seat is not None)
+
+
 def progress(expert: str, done: int, steps: int, world: World) -> tqdm:
     """A bar on the first process; nothing on the others, and nothing where there is no terminal."""
     hidden = None if world.is_main else True
-    return tqdm(total=steps, initial=done, desc=expert, unit="step", disable=hidden)
+    row = world.seat and world.seat.group  # below the other group's
+    return tqdm(total=steps, initial=done, desc=expert, unit="step", disable=hidden, position=row)
 
 
 def _apply(engine: Engine, rate: float, step: int, watch: Watch) -> Tensor:

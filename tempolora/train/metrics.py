@@ -1,10 +1,20 @@
-"""What is written while training: a line of JSON per logged step, and TensorBoard events."""
+"""What is written while training: a line of JSON per logged step, and TensorBoard events.
+
+Experts that train at once write a file each, `metrics-high.jsonl` and `metrics-low.jsonl`, as not
+every cluster's file system keeps apart what two hosts append to one file; `join_metrics` makes one
+of them.
+"""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+
+from tempolora.files import sync_file
+
+TOGETHER, APART = "metrics.jsonl", "metrics-*.jsonl"
 
 
 class MetricsLog:
@@ -12,20 +22,25 @@ class MetricsLog:
 
     A resumed run's lines follow those of the run before: the later line of a step counts.
     folder: None on processes that write nothing. step: the last step done before; what TensorBoard
-    holds after it is hidden.
+    holds after it is hidden. apart: in the expert's own file, as another trains at the same time.
     """
 
     def __init__(
-        self, folder: Path | None, expert: str, step: int, trackers: tuple[str, ...]
+        self,
+        folder: Path | None,
+        expert: str,
+        step: int,
+        trackers: tuple[str, ...],
+        apart: bool = False,
     ) -> None:
         self._file = self._writer = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._expert = expert
-        self._file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115
-        if not _ends_a_line(self._file):
-            self._file.write(b"\n")  # a killed run's torn line must not spoil ours
+        name = APART.replace("*", expert) if apart else TOGETHER
+        self._file = open(folder / name, "a+b")  # noqa: SIM115
+        _end_line(self._file)
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -61,8 +76,21 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def _ends_a_line(file: BinaryIO) -> bool:
+def join_metrics(folder: Path) -> None:
+    """Append to `metrics.jsonl` what experts wrote apart, and remove that. To be called while none
+    writes; cut short it leaves lines twice, of which the later counts."""
+    for part in sorted(folder.glob(APART)):
+        with open(folder / TOGETHER, "a+b") as whole, open(part, "rb") as lines:
+            _end_line(whole)
+            shutil.copyfileobj(lines, whole)
+        sync_file(folder / TOGETHER)
+        part.unlink()
+
+
+def _end_line(file: BinaryIO) -> None:
+    """A killed run's torn line must not spoil the next."""
     if file.seek(0, os.SEEK_END) == 0:
-        return True
+        return
     file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+    if file.read(1) != b"\n":
+        file.write(b"\n")

@@ -126,6 +126,14 @@ def changed(cfg: Config, keys: Mapping[str, Any]) -> Config:
     return Config.model_validate_json(json.dumps(content))
 
 
+def with_engine(cfg: Config, engine: str) -> Config:
+    """The configuration with this engine in the place of "auto"."""
+    keys: dict[str, Any] = {"parallel.engine": engine}
+    if engine != "deepspeed":
+        keys |= {"parallel.zero_stage": None, "parallel.deepspeed": {}}
+    return changed(cfg, keys)
+
+
 def key_of(cfg: Config, key: str) -> Any:
     """The value of `section.key`."""
     section, _, name = key.partition(".")

@@ -1,5 +1,6 @@
 """What `tempolora plan` prints: memory by part, the settings that are open, and what to change."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,14 +18,25 @@ from tempolora.train.plan import (
     smallest,
 )
 from tempolora.train.rates import GIB
+from tempolora.train.split import part_of, seconds, shares
 from tempolora.train.work import tokens_of
 
 
 class Report:
     """The plan of a configuration on a card. memory: bytes of the whole card, of which
-    `card.room` may be taken. named: whether the user said which GPU it is."""
+    `card.room` may be taken. named: whether the user said which GPU it is.
+
+    Where experts train at once, the plan is that of the smaller group."""
 
     def __init__(self, cfg: Config, card: Card, memory: float, named: bool) -> None:
+        self._sizes = shares(cfg, card.gpus, card)
+        self._hours = {
+            expert: seconds(cfg, expert, self._sizes.get(expert, card.gpus), card) / 3600
+            for expert in cfg.experts
+        }
+        self._total = card.gpus
+        if self._sizes:
+            card = part_of(card, min(self._sizes.values()))
         self._cfg, self._card, self._memory, self._named = cfg, card, memory, named
         plans = fitting(cfg, card)
         self.fits = bool(plans)
@@ -60,7 +72,9 @@ class Report:
             "advice": self.advice,
             "change": self._next[0] if self._next else {},
             "gpu": self._card.gpu.name,
-            "gpus": self._card.gpus,
+            "gpus": self._total,
+            "expert_split": list(self._sizes.values()) or None,
+            "hours": self._hours if all(map(math.isfinite, self._hours.values())) else None,
             "gpu_memory_gib": self._memory / GIB,
             "room_gib": self._card.room / GIB,
             "rates": self.rates,
@@ -73,6 +87,20 @@ class Report:
     def _others(self) -> dict[str, float]:
         return other_peaks(self._cfg, self._plan.settings)
 
+    def _experts(self) -> Iterator[str]:
+        """Who trains which expert, and for how long."""
+        train = self._cfg.train
+        for expert, hours in self._hours.items():
+            gpus = self._sizes.get(expert, self._total)
+            samples = train.batch_size * train.gradient_accumulation * gpus
+            each = "a sample" if samples == 1 else f"{samples} samples"
+            long = f"{hours:.2f} h" if math.isfinite(hours) else "does not fit"
+            yield f"{expert} on {_gpus(gpus)}: {train.max_steps} steps of {each}: {long}"
+        if self._sizes:
+            yield "both experts at once (parallel.expert_split); below, the smaller group"
+        elif len(self._hours) > 1:
+            yield "one expert after the other"
+
     def lines(self) -> Iterator[str]:
         """The page, line by line."""
         cfg, card, plan = self._cfg, self._card, self._plan
@@ -81,11 +109,11 @@ class Report:
             f"{cfg.model.variant}, {data.num_frames} frames of {data.height}x{data.width}: "
             f"{tokens_of(cfg)} tokens a sample, batch size {cfg.train.batch_size}"
         )
-        gpus = "1 GPU" if card.gpus == 1 else f"{card.gpus} GPUs"
         yield (
-            f"{gpus} of {self._memory / GIB:g} GiB: {card.room / GIB:.1f} may be taken, the CUDA "
-            f"context and {SPARE:.0%} are left"
+            f"{_gpus(self._total)} of {self._memory / GIB:g} GiB: {card.room / GIB:.1f} may be "
+            f"taken, the CUDA context and {SPARE:.0%} are left"
         )
+        yield from self._experts()
         yield ""
         yield f"{_words(plan)}:"
         for name, size in plan.parts.items():
@@ -109,6 +137,10 @@ class Report:
                 )
         yield ""
         yield f"{self.rates}; {self.advice}"
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _words(plan: Plan) -> str:

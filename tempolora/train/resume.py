@@ -1,6 +1,7 @@
 """Stopping and going on: what a run puts into a checkpoint, and which checkpoint it takes up."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,13 @@ def save(
     return root / f"step-{step:06d}"
 
 
-def find_resume(cfg: Config, resume: str, processes: int) -> dict[str, checkpoint.Checkpoint]:
+def find_resume(
+    cfg: Config, resume: str, processes: Mapping[str, int]
+) -> dict[str, checkpoint.Checkpoint]:
     """The checkpoint each expert goes on from, by what `--resume auto | none | FOLDER` means.
 
-    A folder is one expert's; the others go on from their newest. Raises ConfigError where a
-    checkpoint does not fit this run, naming the setting.
+    processes: how many train each expert. A folder is one expert's; the others go on from their
+    newest. Raises ConfigError where a checkpoint does not fit this run, naming the setting.
     """
     if resume == "none":
         return {}
@@ -96,7 +99,7 @@ def find_resume(cfg: Config, resume: str, processes: int) -> dict[str, checkpoin
         found[expert] = given
     starts = {expert: start for expert, start in found.items() if start}
     for expert, start in starts.items():
-        _refuse_other_run(cfg, expert, start, processes)
+        _refuse_other_run(cfg, expert, start, processes[expert])
         log.info("%s: goes on after step %d (%s)", expert, start.state["step"], start.folder)
     return starts
 
@@ -125,7 +128,8 @@ def _refuse_other_run(
     if state["sharded_optimizer"] and state["processes"] != processes:
         raise ConfigError(
             f"--resume: {found.folder} holds DeepSpeed state of {state['processes']} "
-            f"processes, {processes} were started; start as many as before"
+            f"processes, {processes} are to train this expert; start as many as before, and split "
+            "them as before by parallel.expert_split"
         )
     if state["data"] != sha256_of(Path(cfg.data.shards) / "manifest.json"):
         log.warning(

@@ -28,9 +28,11 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any process was asked; all processes call it and get the same answer."""
+        seat = self._world.seat
+        here = seat.stopping(self._asked) if seat else self._asked
         if self._world.size == 1:
-            return self._asked
-        asked = torch.tensor(float(self._asked), device=self._world.device)
+            return here
+        asked = torch.tensor(float(here), device=self._world.device)
         return bool(self._world.mean(asked) > 0)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,22 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Seat:
+    """A process's place in a world that is a part of the processes started: an expert group."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """On the host, among all that were started there."""
+    store: dist.Store
+    """Where the group's processes meet."""
+    stopping: Callable[[bool], bool]
+    """Tells the other group whether a stop was asked here; whether one was asked anywhere."""
+    group: int
+    """Number of the group, from 0."""
+
+
+@dataclass(frozen=True)
 class World:
     """This process among `size`; collectives run over all of them."""
 
@@ -23,6 +40,8 @@ class World:
     device: torch.device
     memory_gib: float | None = None
     """What this process may use of its GPU; None: all."""
+    seat: Seat | None = None
+    """Where others train another expert meanwhile."""
 
     @property
     def is_main(self) -> bool:
@@ -103,27 +122,38 @@ def pick_device(local_rank: int, memory_gib: float | None = None) -> torch.devic
     return device
 
 
-def join_world(with_deepspeed: bool, memory_gib: float | None = None) -> World:
-    """Meet the other processes; collectives work afterwards. memory_gib: as in `pick_device`."""
-    rank, size, local_rank = place()
+def check_meeting_point(size: int) -> None:
+    """Raise ConfigError where several processes have no way to find each other."""
     if size > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             f"{size} processes and no MASTER_ADDR: start them with torchrun or deepspeed, "
             "on Slurm with slurm/train.sh"
         )
+
+
+def join_world(
+    with_deepspeed: bool, memory_gib: float | None = None, seat: Seat | None = None
+) -> World:
+    """Meet the other processes; collectives work afterwards. memory_gib: as in `pick_device`.
+    seat: meet those of this group alone."""
+    rank, size, local_rank = (seat.rank, seat.size, seat.local_rank) if seat else place()
+    check_meeting_point(size)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     device = pick_device(local_rank, memory_gib)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if with_deepspeed:
+    meeting = {"store": seat.store, "rank": rank, "world_size": size} if seat else {}
+    alone = size == 1 and not with_deepspeed
+    if not alone and (seat or not with_deepspeed):
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group(backend, device_id=gpu, **meeting)
+    if with_deepspeed:  # which takes over a world that is there
         import deepspeed
 
         if size == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "0")
         deepspeed.init_distributed(dist_backend=backend)
-    elif size > 1:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    return World(rank, size, device, memory_gib)
+    return World(rank, size, device, memory_gib, seat)
 
 
 def leave_world() -> None:
