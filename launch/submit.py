@@ -34,7 +34,6 @@ from tempolora.config import Config, ConfigError, load_config
 from tempolora.launched import check_engine
 from tempolora.model.location import check_model
 
-STOPPED = (0, 75)  # how training may end that a signal has stopped and that has saved
 NOTICE_S = {"train": 300, "precompute": 120}  # before the time is up
 REPEAT_S = 20
 MOST_STARTS = 1000  # submitit counts the time-outs that it lets pass
@@ -82,7 +81,7 @@ class Job:
                 said = time.monotonic()
                 os.kill(self._child.pid, signal.SIGUSR1 if training else signal.SIGTERM)
             time.sleep(0.2)
-        if training and self._status not in STOPPED:
+        if training and self._status != 0:
             return None
         # The last one counts: `--resume none` was meant for the first start.
         resume = ("--resume", "auto") if training else ()

@@ -27,9 +27,6 @@ set -euo pipefail
 stopping=0
 trap 'stopping=1' USR1 # early: from here on it must not end this script
 
-# What a run that a signal has stopped, and that has saved, may answer besides 0.
-STOPPED_STATUS=75
-
 # --- Your cluster: uncomment what applies --------------------------------------------------------
 # module load cuda
 # source .venv/bin/activate
@@ -117,7 +114,7 @@ if [[ -n "$repeater" ]]; then kill "$repeater" || true; fi
 
 # The trainer resumes by itself from its last checkpoint (--resume auto).
 again=
-if ((stopping && (status == 0 || status == STOPPED_STATUS))); then
+if ((stopping && status == 0)); then
   again="stopped before the time was up"
 elif ((status != 0 && restarts < ${RETRIES:-0})); then
   again="failed with status $status, start $((restarts + 1)); RETRIES=$RETRIES"

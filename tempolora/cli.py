@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         print(f"tempolora: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, TimeoutError) as error:
         print(f"tempolora: stopped: {error}", file=sys.stderr)
         return 1
 
@@ -264,9 +264,12 @@ def _run_precompute(cfg: Config) -> None:
 def _train(options: argparse.Namespace) -> None:
     cfg = _load(options)
     _make_missing_shards(cfg)
-    from tempolora.run import train_and_report
+    from tempolora.train.stop import StopSignal
 
-    _until_stopped(train_and_report, cfg, options.resume)
+    with StopSignal() as stop:  # the imports below take long
+        from tempolora.run import train_and_report
+
+        _until_stopped(train_and_report, cfg, options.resume, stop)
 
 
 def _make_missing_shards(cfg: Config) -> None:

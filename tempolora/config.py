@@ -206,6 +206,13 @@ class TrainConfig(_Section):
     """Optimizer steps between checkpoints; the last step always gets one."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept per expert, the newest."""
+    keep_every: Positive | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever, beside the newest."""
+    max_skipped: Positive = 10
+    """Steps in a row whose loss or gradient is not finite, and whose update is left out, after
+    which a run stops."""
+    deterministic: bool = False
+    """Bit-identical repetition on a GPU, by slower kernels."""
     log_every: Positive = 1
     """Optimizer steps between lines of metrics.jsonl."""
     validate_every: Count = 200
@@ -226,6 +233,9 @@ class ParallelConfig(_Section):
     where that is predicted to end sooner. null: all processes train one expert after the other."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Use no more than this of each GPU; by default all of it."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """How long a process waits for the others within a step before the run ends and names the one
+    that is behind; four times as long while models are loaded and in the first step."""
 
 
 class OutputConfig(_Section):

@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +24,16 @@ from tempolora.results.report import write_report
 from tempolora.results.sample import loras_in, sample_video
 from tempolora.train.auto import card_of_this_run, resolve, resolve_beside
 from tempolora.train.checkpoint import Checkpoint, open_checkpoint, set_newer_aside
+from tempolora.train.deterministic import make_deterministic
 from tempolora.train.groups import Group
+from tempolora.train.heartbeat import LOADING, Heartbeat, record_flights
 from tempolora.train.loop import check_objective, check_sound, train_expert
 from tempolora.train.metrics import join_metrics
 from tempolora.train.plan import changed
 from tempolora.train.resume import checkpoint_root, find_resume
 from tempolora.train.speeds import speed_groups
 from tempolora.train.split import shares
-from tempolora.train.stop import Stopped
+from tempolora.train.stop import Stopped, StopSignal
 from tempolora.train.validate import split_clips
 from tempolora.train.world import join_world, leave_world
 from tempolora.variants import NEGATIVE_PROMPT
@@ -38,14 +41,22 @@ from tempolora.variants import NEGATIVE_PROMPT
 log = logging.getLogger(__name__)
 
 
-def train_and_report(cfg: Config, resume: str) -> None:
+def train_and_report(cfg: Config, resume: str, stop: StopSignal | None = None) -> None:
     """Train all experts of the configuration and leave the results in output.dir.
 
-    resume: "auto", "none" or a checkpoint folder. All mistakes that settings and files show are
-    raised, as ConfigError, before a model is loaded. Raises Stopped where a signal asked for it;
-    the checkpoint is then written, LoRA files, videos and report are not. Raises GroupFailed where
-    the other of two expert groups failed.
+    resume: "auto", "none" or a checkpoint folder. stop: as entered before the imports. All mistakes
+    that settings and files show are raised, as ConfigError, before a model is loaded. Raises
+    Stopped where a signal asked for it; the checkpoint is then written, LoRA files, videos and
+    report are not. Raises TimeoutError naming a process that the others waited for in vain, and
+    GroupFailed where the other of two expert groups failed.
     """
+    with stop or StopSignal() as stop:
+        finish = _train(cfg, resume, stop)
+    finish()
+
+
+def _train(cfg: Config, resume: str, stop: StopSignal) -> Callable[[], None]:
+    """The part that signals do not interrupt; what is left to do on this process."""
     out = Path(cfg.output.dir)
     rank, processes, local_rank = place()
     check_engine(cfg, processes)
@@ -62,30 +73,32 @@ def train_and_report(cfg: Config, resume: str) -> None:
     videos = list(_video_inputs(cfg, reader)) if cfg.output.sample_steps else []
     sizes = shares(cfg, processes, card_of_this_run(cfg, processes, local_rank))
     starts = find_resume(cfg, resume, sizes or dict.fromkeys(cfg.experts, processes))
+    if cfg.train.deterministic:
+        make_deterministic()
+    if processes > 1 and torch.cuda.is_available():
+        record_flights(out / "flight_recorder")
     with Group(sizes) if sizes else nullcontext() as group:
-        trained, device = _train(cfg, resume, reader, starts, group)
-    if rank == 0:
-        join_metrics(out)
-        if cfg.output.sample_steps:
-            # Videos are made on one GPU, with the base that was trained on.
-            base = changed(cfg, {"model.base": trained.model.base})
-            _write_videos(resolve_beside(base, device, "sampling"), videos, device)
-        log.info("wrote %s", write_report(out))
+        trained, device = _train_experts(cfg, resume, reader, starts, group, stop)
+    return partial(_finish, cfg, trained, videos, device) if rank == 0 else lambda: None
 
 
-def _train(
+def _train_experts(
     cfg: Config,
     resume: str,
     reader: ShardReader,
     starts: dict[str, Checkpoint],
     group: Group | None,
+    stop: StopSignal,
 ) -> tuple[Config, torch.device]:
     """Train the group's expert, or without groups one after the other, and write their LoRA files.
 
     Returns the configuration as it was resolved, and this process's device.
     """
-    out = Path(cfg.output.dir)
-    world = join_world(uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib, group and group.seat)
+    out, minutes = Path(cfg.output.dir), cfg.parallel.timeout_minutes
+    seat = group and group.seat
+    world = join_world(
+        uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib, seat, timeout_minutes=LOADING * minutes
+    )
     experts = (group.expert,) if group else cfg.experts
     ours = {expert: start for expert, start in starts.items() if expert in experts}
     cfg = resolve(cfg, world, ours, uses_deepspeed(cfg))
@@ -97,15 +110,28 @@ def _train(
     else:
         world.barrier()
     try:
-        for expert in experts:
-            last = train_expert(cfg, expert, reader, world, starts.get(expert))
-            if world.is_main:
-                log.info("wrote %s", export_checkpoint(open_checkpoint(last), out))
+        with Heartbeat(world, minutes) as heart:
+            for expert in experts:
+                last = train_expert(cfg, expert, reader, world, starts.get(expert), stop, heart)
+                if world.is_main:
+                    log.info("wrote %s", export_checkpoint(open_checkpoint(last), out))
     except Stopped:
         leave_world()
         raise
     leave_world()
     return cfg, world.device
+
+
+def _finish(
+    asked: Config, trained: Config, videos: list[dict[str, Tensor]], device: torch.device
+) -> None:
+    """Videos and report, on the first process. asked: before "auto" became what was trained."""
+    join_metrics(Path(asked.output.dir))
+    if asked.output.sample_steps:
+        # Videos are made on one GPU, with the base that was trained on.
+        base = changed(asked, {"model.base": trained.model.base})
+        _write_videos(resolve_beside(base, device, "sampling"), videos, device)
+    log.info("wrote %s", write_report(Path(asked.output.dir)))
 
 
 def _prepare_folder(cfg: Config, out: Path, resume: str, starts: dict[str, Checkpoint]) -> None:

@@ -9,13 +9,13 @@ from tempolora.config import ConfigError
 from tempolora.train import checkpoint
 
 
-def write(root, step, keep=2):
+def write(root, step, keep=2, every=0):
     checkpoint.begin(root, step)
     tensors = {"blocks.0.attn1.to_q.lora_A.weight": torch.full((4, 8), float(step))}
-    checkpoint.write_tensors(root, step, "lora.safetensors", tensors)
+    digests = checkpoint.write_tensors(root, step, "lora.safetensors", tensors)
     moments = {"0.exp_avg": torch.ones(3)}
-    checkpoint.write_tensors(root, step, "optimizer-00000.safetensors", moments)
-    return checkpoint.commit(root, step, {"step": step}, keep)
+    digests |= checkpoint.write_tensors(root, step, "optimizer-00000.safetensors", moments)
+    return checkpoint.seal(root, step, digests, {"step": step}, keep, every)
 
 
 def test_what_was_written_comes_back(tmp_path):
@@ -31,6 +31,53 @@ def test_the_newest_are_kept_and_found(tmp_path):
         write(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000010"]
     assert checkpoint.latest(tmp_path).state["step"] == 10
+
+
+def test_every_nth_is_kept_for_ever(tmp_path):
+    for step in (2, 3, 4, 6, 8, 9, 10):
+        write(tmp_path, step, keep=1, every=3)
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [3, 6, 9, 10]
+
+
+def test_what_killed_runs_left_is_swept_up_and_never_taken_for_a_checkpoint(tmp_path):
+    write(tmp_path, 2)
+    checkpoint.begin(tmp_path, 4)
+    (tmp_path / "step-000002").rename(tmp_path / ".step-000002.old")
+    assert checkpoint.latest(tmp_path) is None
+    write(tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
+
+
+def test_a_damaged_checkpoint_makes_way_for_the_same_step_again(tmp_path):
+    write(tmp_path, 2)
+    (write(tmp_path, 4) / "lora.safetensors").unlink()
+    assert checkpoint.latest(tmp_path).state["step"] == 2
+    write(tmp_path, 4)
+    assert checkpoint.latest(tmp_path).state["step"] == 4
+
+
+def test_the_checksum_is_of_what_was_meant_not_of_what_reached_the_disk(tmp_path):
+    checkpoint.begin(tmp_path, 2)
+    digests = {}
+    for name in ("lora.safetensors", "optimizer-00000.safetensors"):
+        digests |= checkpoint.write_tensors(tmp_path, 2, name, {"x": torch.ones(100)})
+    path = tmp_path / ".step-000002.tmp" / "lora.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])  # a write cut short before the seal
+    checkpoint.seal(tmp_path, 2, digests, {"step": 2}, 2, 0)
+    with pytest.raises(ConfigError, match=r"lora.safetensors: not what was written"):
+        checkpoint.open_checkpoint(tmp_path / "step-000002")
+
+
+def test_the_sealing_process_waits_for_the_others_and_hears_where_one_fails(tmp_path):
+    checkpoint.begin(tmp_path, 2)
+    with pytest.raises(TimeoutError, match="process 1 has not written its part"):
+        checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
+    checkpoint.announce(tmp_path, 2, 1, {"optimizer-00001.safetensors": "ab"})
+    parts = checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
+    assert parts == {"optimizer-00001.safetensors": "ab"}
+    checkpoint.announce(tmp_path, 2, 1, None)
+    with pytest.raises(OSError, match="process 1 could not write its part"):
+        checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
 
 
 def test_an_unsealed_checkpoint_does_not_count_and_is_taken_up_again(tmp_path):
@@ -60,9 +107,11 @@ def test_a_run_that_goes_back_finds_its_own_checkpoints_newest(tmp_path):
     assert (tmp_path / "superseded" / "step-000006" / "lora.safetensors").is_file()
 
 
-def test_every_flipped_byte_and_missing_file_is_noticed_and_the_one_before_taken(tmp_path):
+def test_100_flipped_bits_and_missing_files_are_noticed_and_the_one_before_is_taken(
+    tmp_path, caplog
+):
     draw = random.Random(0)
-    for _ in range(40):
+    for _ in range(100):
         write(tmp_path, 2)
         folder = write(tmp_path, 4)
         path = draw.choice(sorted(folder.iterdir()))
@@ -74,7 +123,10 @@ def test_every_flipped_byte_and_missing_file_is_noticed_and_the_one_before_taken
             path.write_bytes(content)
         with pytest.raises(ConfigError):
             checkpoint.open_checkpoint(folder)
+        caplog.clear()
         assert checkpoint.latest(tmp_path).state["step"] == 2
+        assert "step-000004" in caplog.text
+        assert "trying the one before" in caplog.text
 
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path):

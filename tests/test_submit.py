@@ -110,7 +110,6 @@ def test_parts_of_precompute_share_out_all_ranks_and_do_not_meet(run):
     ("command", "status", "added"),
     [
         ("train", 0, ["--resume", "auto"]),
-        ("train", 75, ["--resume", "auto"]),
         ("precompute", 3, []),
     ],
 )

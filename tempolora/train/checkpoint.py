@@ -7,25 +7,32 @@
         state.json                  step, resolved configuration, processes, shapes for export
         manifest.json               SHA-256 of every file above, written last
 
-The folder is filled under a temporary name and renamed.
+The folder is filled under a temporary name, `.step-000100.tmp`, and renamed. Checksums are of the
+bytes in memory, not of what came back from the disk.
 """
 
 import json
 import logging
+import os
 import shutil
+import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tempolora.config import ConfigError
-from tempolora.files import sha256_of, sync_file, sync_folder, write_json
+from tempolora.files import sha256_of, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+NEEDED = {"lora.safetensors", "optimizer-00000.safetensors", "state.json"}
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,36 +56,86 @@ class Checkpoint:
         return load_file(self.folder / f"optimizer-{part:05d}.safetensors")
 
 
+# --- Writing, in this order -----------------------------------------------------------------------
+
+
 def begin(root: Path, step: int) -> Path:
     """The temporary folder that a checkpoint is filled in, emptied of what a killed run left."""
     folder = _temporary(root, step)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    sync_folder(root)
+    sync_folder(root.parent)
     return folder
 
 
-def write_tensors(root: Path, step: int, name: str, tensors: dict[str, Tensor]) -> None:
-    """One tensor file of the checkpoint under way; any process, after `begin` on one of them."""
-    path = _temporary(root, step) / name
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
-    sync_file(path)
+def write_tensors(root: Path, step: int, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """One tensor file of the checkpoint under way; {name: its SHA-256}.
+
+    tensors: on the CPU, each with storage of its own. Any process, after `begin` on one of them.
+    """
+    content = to_bytes(tensors)
+    with open(_temporary(root, step) / name, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {name: sha256(content).hexdigest()}
 
 
-def commit(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Seal the temporary folder, give it its name, and drop all but the newest `keep`."""
+def announce(root: Path, step: int, process: int, digests: dict[str, str] | None) -> None:
+    """Tell the sealing process that this one's files are written; None: that they never will be."""
+    write_json(_temporary(root, step) / _note(process), digests)
+
+
+def await_parts(root: Path, step: int, processes: range, limit_s: float) -> dict[str, str]:
+    """The checksums that other processes announce. Raises OSError where one fails or is late."""
+    digests: dict[str, str] = {}
+    deadline = time.monotonic() + limit_s
+    for process in processes:
+        note = _temporary(root, step) / _note(process)
+        while not note.is_file():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {process} has not written its part in {limit_s:.0f} s")
+            time.sleep(POLL_S)
+        part = json.loads(note.read_bytes())
+        if part is None:
+            raise OSError(f"process {process} could not write its part")
+        digests |= part
+        note.unlink()
+    return digests
+
+
+def seal(
+    root: Path, step: int, digests: dict[str, str], state: dict[str, Any], keep: int, every: int
+) -> Path:
+    """Write state and manifest, give the folder its name, and then drop older checkpoints.
+
+    keep: the newest that stay. every: those whose step is a multiple stay too; 0: none.
+    """
     folder = _temporary(root, step)
     write_json(folder / "state.json", state)
-    files = sorted(path for path in folder.iterdir())
-    write_json(folder / MANIFEST, {path.name: sha256_of(path) for path in files})
+    digests = digests | {"state.json": sha256_of(folder / "state.json")}
+    write_json(folder / MANIFEST, dict(sorted(digests.items())))
     final = root / f"step-{step:06d}"
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # damaged, or of a run that went back: out of the way, but not gone yet
+        final.rename(_old(final))
     folder.rename(final)
     sync_folder(root)
     for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+        if not every or _step_of(old) % every:
+            old.rename(_old(old))  # at once: a removal cut short leaves no half checkpoint
+    for left in root.glob(".step-*"):  # also what killed runs left
+        shutil.rmtree(left)
     return final
+
+
+def abandon(root: Path, step: int) -> None:
+    """Take away a checkpoint that could not be written whole."""
+    shutil.rmtree(_temporary(root, step), ignore_errors=True)
+
+
+# --- Finding --------------------------------------------------------------------------------------
 
 
 def set_newer_aside(root: Path, step: int) -> None:
@@ -97,6 +154,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint and read its state. Raises ConfigError naming what is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
+        if missing := NEEDED - manifest.keys():
+            raise ValueError(f"{MANIFEST} does not name {', '.join(sorted(missing))}")
         for name, digest in manifest.items():
             if Path(name).name != name:
                 raise ValueError(f"{name!r} is not a file of its own")
@@ -119,6 +178,18 @@ def latest(root: Path) -> Checkpoint | None:
 
 def _temporary(root: Path, step: int) -> Path:
     return root / f".step-{step:06d}.tmp"
+
+
+def _old(folder: Path) -> Path:
+    """The name under which a folder waits to be removed, free of what a killed run left there."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    return old
+
+
+def _note(process: int) -> str:
+    return f"part-{process:05d}.json"
 
 
 def _step_of(folder: Path) -> int:

@@ -119,30 +119,36 @@ class TorchEngine:
     def __init__(self, train: TrainConfig, transformer: nn.Module, world: World) -> None:
         self.transformer = transformer
         self._train, self._world = train, world
+        self.own_finite = torch.tensor(False)
+        """Whether this process's own gradients were finite in the last step; looked at only where
+        the norm was not, for which one process alone is always at fault."""
         self._parameters = lora_parameters(transformer)
         self._optimizer = build_optimizer(train, list(self._parameters.values()))
 
     def backward(self, loss: Tensor) -> None:
-        """Add one microstep's gradient."""
-        (loss / self._train.gradient_accumulation).backward()
+        """Add one microstep's gradient; of a loss that is not finite none is."""
+        (poisoned(loss) / self._train.gradient_accumulation).backward()
 
     def step(self, lr: float) -> Tensor:
         """Average, clip and apply the gradients; returns their norm before clipping, ().
 
-        Raises FloatingPointError, on all processes and with nothing applied, if it isn't finite.
+        Where that is not finite, on all processes alike, nothing is applied.
         """
         gradients = [p.grad for p in self._parameters.values()]
         if self._world.size > 1:
-            flat = self._world.mean(torch.cat([g.flatten() for g in gradients]))
+            flat = torch.cat([g.flatten() for g in gradients])
+            self.own_finite = flat.isfinite().all()
             for gradient, mean in zip(
-                gradients, flat.split([g.numel() for g in gradients]), strict=True
+                gradients,
+                self._world.mean(flat).split([g.numel() for g in gradients]),
+                strict=True,
             ):
                 gradient.copy_(mean.view_as(gradient))
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._train.max_grad_norm)
-        refuse_non_finite(norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        if torch.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
@@ -151,7 +157,7 @@ class TorchEngine:
         return {name: p.detach() for name, p in self._parameters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Everything the optimizer remembers, as tensors."""
+        """Everything the optimizer remembers, as tensors; valid until the next step."""
         return pack_optimizer(self._optimizer, list(self._parameters.values()))
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
@@ -176,21 +182,25 @@ class DeepSpeedEngine:
         )
         self.transformer = self._engine
         self._parameters = lora_parameters(transformer)
+        self._begins = True  # the next backward is a step's first
 
     def backward(self, loss: Tensor) -> None:
         """Add one microstep's gradient; the last one's backward averages over the processes."""
-        self._engine.backward(loss)
+        if self._begins:
+            self.own_finite = torch.ones_like(loss, dtype=torch.bool)
+        self._begins = False
+        self.own_finite &= loss.isfinite()
+        self._engine.backward(poisoned(loss))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def step(self, lr: float) -> Tensor:
-        """As TorchEngine.step; ZeRO itself skips an update whose norm is not finite."""
+        """As TorchEngine.step; ZeRO itself leaves an update out whose norm is not finite."""
+        self._begins = True
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        refuse_non_finite(norm)
-        return norm
+        return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def lora_state(self) -> dict[str, Tensor]:
         """As TorchEngine.lora_state; every process must call it."""
@@ -251,21 +261,22 @@ def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def refuse_non_finite(norm: Tensor) -> None:
-    """Stop before bad numbers spread; the norm is the same on all processes, so all stop."""
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm.item()}; nothing was updated")
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gives NaN to every gradient, so that the norm tells of it.
+
+    Nothing here waits for the device, and a finite loss is as it was to the bit.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, parameters: list[Any]) -> dict[str, Tensor]:
-    """Optimizer state as flat named tensors, `position.key`, for safetensors."""
+    """Optimizer state as flat named tensors, `position.key`; some share storage, none is copied."""
     packed = {}
     for position, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
             # bitsandbytes counts its steps in a Python int
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
-            # a copy: bitsandbytes shares its code book, safetensors refuses shared storage
-            packed[f"{position}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            packed[f"{position}.{key}"] = tensor.detach()
     return packed
 
 

@@ -22,14 +22,13 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Self
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from tempolora.config import ConfigError
 from tempolora.launched import place
 from tempolora.train.stop import Stopped, StopSignal
-from tempolora.train.world import Seat, World, check_meeting_point
+from tempolora.train.world import Seat, check_meeting_point
 
 log = logging.getLogger(__name__)
 
@@ -233,9 +232,9 @@ class Group:
 
     def _wait(self, over: Callable[[], str | None]) -> str:
         """Until `over` answers. A signal meanwhile stops the other group."""
-        with StopSignal(World(0, 1, torch.device("cpu"), seat=self.seat)) as stop:
+        with StopSignal() as stop:
             while (found := over()) is None and not self._lost:
-                stop.requested()
+                self._stopping(stop.asked)
                 time.sleep(EVERY_S)
         return found or FAILED
 

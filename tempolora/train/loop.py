@@ -1,6 +1,7 @@
 """The training loop: samples in, checkpoints and metrics out, one expert at a time."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,14 +25,17 @@ from tempolora.train.anchor import Anchor
 from tempolora.train.auto import MemoryAdvice
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
+from tempolora.train.heartbeat import Heartbeat
 from tempolora.train.metrics import MetricsLog
 from tempolora.train.objective import Objective
-from tempolora.train.resume import run_facts, save
+from tempolora.train.resume import run_facts
 from tempolora.train.rollout import Rollout
+from tempolora.train.saver import Saver
 from tempolora.train.schedule import ema_decay_at, lr_at
+from tempolora.train.skip import Skips
 from tempolora.train.speeds import follow_speed, of_each_group, speed_groups
 from tempolora.train.step import Batch, Collate
-from tempolora.train.stop import Stopped, StopSignal
+from tempolora.train.stop import StopSignal
 from tempolora.train.terms import describe_terms
 from tempolora.train.validate import Validation, split_clips
 from tempolora.train.watch import Watch
@@ -41,19 +45,27 @@ log = logging.getLogger(__name__)
 
 
 def train_expert(
-    cfg: Config, expert: str, reader: ShardReader, world: World, resume: Checkpoint | None
+    cfg: Config,
+    expert: str,
+    reader: ShardReader,
+    world: World,
+    resume: Checkpoint | None,
+    stop: StopSignal,
+    heart: Heartbeat,
 ) -> Path:
     """Train one expert's adapters up to `train.max_steps`; the folder of the last checkpoint.
 
     resume: the checkpoint to go on from, or None to start at step 0. Raises FloatingPointError
-    where a gradient is not finite, ConfigError for a damaged sample or where the first step runs
-    out of GPU memory, and Stopped, with a checkpoint written, where a signal asked for it.
+    where gradients are not finite for too many steps, ConfigError for a damaged sample, where the
+    first step runs out of GPU memory or a checkpoint cannot be written, and Stopped, with a
+    checkpoint written, where a signal asked for it.
     """
     done, draws = (resume.state["step"], resume.state["draws"]) if resume else (0, 0)
     if resume and done >= cfg.train.max_steps:
         log.info("%s: step %d was reached before", expert, done)
         return resume.folder
     train = cfg.train
+    heart.loading(f"loading the {expert} expert")
     objective, rollout = build_objective(cfg, expert, world.device, resume)
     kind = choose_engine(cfg, world)
     advice = MemoryAdvice(cfg, kind, world)
@@ -65,26 +77,25 @@ def train_expert(
     predict = partial(wan.predict_velocity, engine.transformer)
     extra = [rollout] if rollout else []
     extra += [Anchor(cfg, engine.transformer)] if train.anchor_weight else []
-    collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
-    positions, held_out = split_clips(reader.keys, cfg.data.held_out)
-    validation = Validation(
-        cfg, expert, reader, of_each_group(cfg.lora.kind, reader, held_out), collate
-    )
-    groups = speed_groups(cfg.lora.kind, reader, positions)
-    source = _batches(cfg, reader, collate, groups, world, draws, train.max_steps - done)
+    source, validation = _data(cfg, expert, reader, world, draws, train.max_steps - done)
     prepare = partial(follow_speed, cfg.lora.kind, engine.transformer)
     watch = Watch(cfg, expert, world)
+    skips = Skips(world, train.max_skipped, resume.state.get("skipped", 0) if resume else 0)
     with ExitStack() as stack:
         stack.enter_context(advice)
-        stop = stack.enter_context(StopSignal(world))
+        stack.callback(source.close)  # else readers live as long as an error's traceback
+        saver = stack.enter_context(Saver(cfg, engine, world, facts, stop))
         metrics = stack.enter_context(_metrics(cfg, expert, done, world))
         bar = stack.enter_context(progress(expert, done, train.max_steps, world))
+        saver.before(done + 1)
         if not done and validation.due(0):
             metrics.write(0, validation.measure(objective, predict, world, prepare))
         for step in range(done + 1, train.max_steps + 1):
             watch.begin()
+            heart.at(step, "reading samples")
             microsteps = list(islice(source, train.gradient_accumulation))
             watch.fetched()
+            heart.at(step, "forward and backward passes")
             if objective.uncalibrated:
                 objective.calibrate(predict, microsteps, world)
             for batch in microsteps:
@@ -100,28 +111,33 @@ def train_expert(
                 watch.add(batch, outcome)
             objective.settle(world)
             rate = lr_at(step, train)
-            norm = _apply(engine, rate, step, watch)
+            heart.at(step, "averaging gradients")
+            norm = engine.step(rate)
+            skipped = skips.look(step, norm, engine, watch.keys)
             advice.passed()
+            heart.training()
             draws += train.batch_size * train.gradient_accumulation * world.size
-            if ema is not None:
+            if ema is not None and not skipped:
                 _average(ema, engine.lora_state(), ema_decay_at(step, train.ema_decay))
-            if step % train.log_every == 0 or step == train.max_steps or validation.due(step):
-                values = watch.values(objective, step, norm, rate)
-                if validation.due(step):
+            due, last = validation.due(step), step == train.max_steps
+            if skipped or due or last or step % train.log_every == 0:
+                heart.at(step, "measuring")
+                values = {"skipped": skipped}
+                if not skipped:
+                    values = watch.values(objective, step, norm, rate)
+                if due:
                     values |= validation.measure(objective, predict, world, prepare)
                 metrics.write(step, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", refresh=False)
             bar.update()
-            stopping = stop.requested()
-            if stopping or step % train.checkpoint_every == 0 or step == train.max_steps:
-                state = {**facts, "step": step, "draws": draws, "calibration": objective.state()}
-                last = save(cfg, engine, ema, state, world)
-            if stopping:
-                raise Stopped(f"stopped after step {step}; the same command goes on from {last}")
+            heart.at(step, "saving")
+            state = {"step": step, "draws": draws, "skipped": skips.in_a_row}
+            saver.after(state | {"calibration": objective.state()}, ema)
     engine.close()
-    del engine, transformer, objective, rollout, extra, predict
+    folder = saver.folder(step)
+    del engine, transformer, objective, rollout, extra, predict, saver
     free_memory(world.device)
-    return last
+    return folder
 
 
 def check_objective(cfg: Config, expert: str) -> str:
@@ -189,19 +205,17 @@ def _take_up(
     return {name: value.to(world.device, copy=True) for name, value in start.items()}
 
 
-def _batches(
-    cfg: Config,
-    reader: ShardReader,
-    collate: Collate,
-    groups: list[list[int]],
-    world: World,
-    first_draw: int,
-    steps: int,
-) -> Iterator[Batch]:
-    return batches(
+def _data(
+    cfg: Config, expert: str, reader: ShardReader, world: World, first_draw: int, steps: int
+) -> tuple[Iterator[Batch], Validation]:
+    """The batches of the steps to come on this process, and the clips held out from them."""
+    collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
+    positions, held_out = split_clips(reader.keys, cfg.data.held_out)
+    held_out = of_each_group(cfg.lora.kind, reader, held_out)
+    source = batches(
         reader,
         collate,
-        groups=groups,
+        groups=speed_groups(cfg.lora.kind, reader, positions),
         seed=cfg.train.seed,
         batch_size=cfg.train.batch_size,
         first_draw=first_draw,
@@ -210,6 +224,7 @@ def _batches(
         world=world.size,
         workers=cfg.data.workers,
     )
+    return source, Validation(cfg, expert, reader, held_out, collate)
 
 
 def _metrics(cfg: Config, expert: str, done: int, world: World) -> MetricsLog:
@@ -222,14 +237,6 @@ def progress(expert: str, done: int, steps: int, world: World) -> tqdm:
     hidden = None if world.is_main else True
     row = world.seat and world.seat.group  # below the other group's
     return tqdm(total=steps, initial=done, desc=expert, unit="step", disable=hidden, position=row)
-
-
-def _apply(engine: Engine, rate: float, step: int, watch: Watch) -> Tensor:
-    try:
-        return engine.step(rate)
-    except FloatingPointError as error:
-        keys = ", ".join(watch.keys)
-        raise FloatingPointError(f"step {step}: {error}; its samples here: {keys}") from None
 
 
 def _average(ema: dict[str, Tensor], now: dict[str, Tensor], decay: float) -> None:

@@ -2,11 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tempolora.config import Config, ConfigError
 from tempolora.files import sha256_of
@@ -52,29 +51,6 @@ def run_facts(
         "head_dim": head_dim,
         "rows": adapter_rows(cfg.lora, cfg.timebase, head_dim),
     }
-
-
-def save(
-    cfg: Config, engine: Engine, ema: dict[str, Tensor] | None, state: dict[str, Any], world: World
-) -> Path:
-    """Write a checkpoint, on which all processes work; the folder. state: facts, step, draws."""
-    root, step = checkpoint_root(cfg, state["expert"]), state["step"]
-    write = partial(checkpoint.write_tensors, root, step)
-    if world.is_main:
-        checkpoint.begin(root, step)
-    world.barrier()
-    weights = engine.lora_state()
-    if world.is_main:
-        write("lora.safetensors", weights)
-        if ema is not None:
-            write("ema.safetensors", ema)
-    if world.is_main or engine.sharded_optimizer:
-        write(f"optimizer-{world.rank:05d}.safetensors", engine.optimizer_state())
-    world.barrier()
-    if world.is_main:
-        checkpoint.commit(root, step, state, cfg.train.keep_checkpoints)
-    world.barrier()
-    return root / f"step-{step:06d}"
 
 
 def find_resume(

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -132,27 +133,34 @@ def check_meeting_point(size: int) -> None:
 
 
 def join_world(
-    with_deepspeed: bool, memory_gib: float | None = None, seat: Seat | None = None
+    with_deepspeed: bool,
+    memory_gib: float | None = None,
+    seat: Seat | None = None,
+    timeout_minutes: float = 40.0,
 ) -> World:
     """Meet the other processes; collectives work afterwards. memory_gib: as in `pick_device`.
-    seat: meet those of this group alone."""
+
+    seat: meet those of this group alone. timeout_minutes: how long to wait for the others, now and
+    in each collective.
+    """
     rank, size, local_rank = (seat.rank, seat.size, seat.local_rank) if seat else place()
     check_meeting_point(size)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     device = pick_device(local_rank, memory_gib)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     meeting = {"store": seat.store, "rank": rank, "world_size": size} if seat else {}
     alone = size == 1 and not with_deepspeed
     if not alone and (seat or not with_deepspeed):
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=gpu, **meeting)
+        dist.init_process_group(backend, device_id=gpu, timeout=timeout, **meeting)
     if with_deepspeed:  # which takes over a world that is there
         import deepspeed
 
         if size == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "0")
-        deepspeed.init_distributed(dist_backend=backend)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
     return World(rank, size, device, memory_gib, seat)
 
 
