@@ -401,6 +401,7 @@ def _plan(options: argparse.Namespace) -> int:
     from tempolora.train.plan import card_of
     from tempolora.train.plan_text import Report
     from tempolora.train.rates import GIB, GPUS
+    from tempolora.train.work import check_heads
 
     if not 1 <= options.gpus <= MOST_GPUS:
         raise ConfigError(f"--gpus: given {options.gpus}; allowed: 1 to {MOST_GPUS}")
@@ -415,6 +416,7 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(f"--gpu: nothing is known of {options.gpu!r}; known: {', '.join(GPUS)}")
     check_engine(cfg, options.gpus)
     check_lora(cfg.lora, cfg.timebase, part_config(cfg.model, PART_OF[cfg.experts[0]]))
+    check_heads(cfg, cfg.experts[0])
     host = None if options.host_memory is None else options.host_memory * GIB
     memory = options.gpu_memory * GIB
     card = card_of(memory, gpus=options.gpus, host=host, gpu=GPUS[name])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tempolora.timebase import TimeBase
-from tempolora.variants import TEMPORAL_STRIDE, VARIANTS, Variant
+from tempolora.variants import PATCH, TEMPORAL_STRIDE, VARIANTS, Variant
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -231,6 +231,9 @@ class ParallelConfig(_Section):
     expert_split: Literal["auto"] | tuple[Positive, Positive] | None = "auto"
     """Both experts at once, each on its own group of processes: [high, low] processes, or auto,
     where that is predicted to end sooner. null: all processes train one expert after the other."""
+    context: Positive = 1
+    """Processes that share each clip, a part of the picture each: for long clips. It must divide
+    the number of processes, the attention heads, and the picture into equal parts."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Use no more than this of each GPU; by default all of it."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
@@ -288,6 +291,20 @@ class Config(_Section):
         stride = variant.spatial_stride
         frames = self.timebase.latent_frames
         return variant.latent_channels, frames, data.height // stride, data.width // stride
+
+    @property
+    def context_grid(self) -> tuple[int, int]:
+        """Rows and columns of the equal parts of the picture that `parallel.context` processes
+        take; no part cuts through a token. Raises ConfigError where there are no such parts."""
+        context, (height, width) = self.parallel.context, self.latent_shape[2:]
+        rows, columns = height // PATCH, width // PATCH
+        for down in range(1, context + 1):
+            if not (context % down or rows % down or columns % (context // down)):
+                return down, context // down
+        raise ConfigError(
+            f"parallel.context: {rows} x {columns} tokens of a frame cannot be cut into {context} "
+            "equal parts; take a number whose factors divide these two"
+        )
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -347,6 +364,7 @@ def _check_parallel(cfg: Config) -> None:
             f"parallel.expert_split: {list(parallel.expert_split)} has no meaning where one expert "
             "is trained; leave it out"
         )
+    _ = cfg.context_grid  # which there must be
     for key, ours in GOVERNED.items():
         if key in parallel.deepspeed:
             raise ConfigError(f"parallel.deepspeed: {key} is derived here; set {ours} instead")

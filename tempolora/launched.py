@@ -36,9 +36,14 @@ def needs_whole_model(cfg: Config) -> bool:
 
 
 def check_engine(cfg: Config, processes: int) -> None:
-    """Raise ConfigError where `parallel.engine` does not go with the number of processes, or
-    DeepSpeed with the base or its place."""
-    engine = cfg.parallel.engine
+    """Raise ConfigError where `parallel.engine` or `parallel.context` does not go with the
+    number of processes, or DeepSpeed with the base or its place."""
+    engine, context = cfg.parallel.engine, cfg.parallel.context
+    if processes % context:
+        raise ConfigError(
+            f"parallel.context: {context} processes share each clip, and {processes} cannot be "
+            f"divided into groups of {context}; start a multiple of {context}"
+        )
     if cfg.model.base == "fp8" and uses_deepspeed(cfg):
         raise ConfigError(
             'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '

@@ -35,6 +35,7 @@ from tempolora.train.speeds import speed_groups
 from tempolora.train.split import shares
 from tempolora.train.stop import Stopped, StopSignal
 from tempolora.train.validate import split_clips
+from tempolora.train.work import check_heads
 from tempolora.train.world import join_world, leave_world
 from tempolora.variants import NEGATIVE_PROMPT
 
@@ -62,6 +63,7 @@ def _train(cfg: Config, resume: str, stop: StopSignal) -> Callable[[], None]:
     check_engine(cfg, processes)
     for expert in cfg.experts:
         check_lora(cfg.lora, cfg.timebase, part_config(cfg.model, PART_OF[expert]))
+        check_heads(cfg, expert)
     # The VAE tells models apart; training has no other need of the text encoder's files.
     vae = {"vae": wan.fingerprint(cfg.model, "vae")}
     reader = ShardReader(Path(cfg.data.shards), fingerprint(cfg, vae))
@@ -97,7 +99,11 @@ def _train_experts(
     out, minutes = Path(cfg.output.dir), cfg.parallel.timeout_minutes
     seat = group and group.seat
     world = join_world(
-        uses_deepspeed(cfg), cfg.parallel.gpu_memory_gib, seat, timeout_minutes=LOADING * minutes
+        uses_deepspeed(cfg),
+        cfg.parallel.gpu_memory_gib,
+        cfg.parallel.context,
+        seat,
+        timeout_minutes=LOADING * minutes,
     )
     experts = (group.expert,) if group else cfg.experts
     ours = {expert: start for expert, start in starts.items() if expert in experts}

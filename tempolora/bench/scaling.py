@@ -81,7 +81,8 @@ def measure(cfg: Config, options: argparse.Namespace) -> dict[str, Any] | None:
 
     from tempolora.train.world import join_world, leave_world
 
-    world = join_world(options.engine == "deepspeed", cfg.parallel.gpu_memory_gib)
+    parallel = cfg.parallel
+    world = join_world(options.engine == "deepspeed", parallel.gpu_memory_gib, parallel.context)
     found = training_steps(cfg, options.engine, world, options.steps)
     peaks = torch.tensor([[found["reserved_gib"], found["allocated_gib"]]], device=world.device)
     found["reserved_gib"], found["allocated_gib"] = world.gather(peaks).amax(dim=0).tolist()

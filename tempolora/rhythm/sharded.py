@@ -31,6 +31,11 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
+def mean_of_slices(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean over pixels of the whole, from that over each of equal slices of height or width."""
+    return _Sum.apply(value, group) / dist.get_world_size(group)
+
+
 def spatial_flow_and_probe(
     v_hat_BCTHW: Tensor,
     v_BCTHW: Tensor,

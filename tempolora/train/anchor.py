@@ -42,7 +42,7 @@ class Anchor:
         with torch.no_grad(), without_lora(self._transformer):
             base = objective.denoise(predict, still, x_BC1HW, still.sigma_B)
         change = objective.denoise(predict, still, x_BC1HW, still.sigma_B) - base
-        change_B = change.square().mean(dim=(1, 2, 3, 4))
+        change_B = objective.context.mean(change.square().mean(dim=(1, 2, 3, 4)))
         return replace(
             outcome,
             loss=outcome.loss + self._weight * change_B.mean(),

@@ -21,6 +21,7 @@ from tempolora.launched import needs_whole_model, uses_deepspeed
 from tempolora.model.lora import lora_parameters
 from tempolora.train.auto import card_here
 from tempolora.train.blocks import prepare_blocks
+from tempolora.train.context import context_of, share_attention
 from tempolora.train.plan import fitting, with_engine
 from tempolora.train.recompute import recompute_blocks
 from tempolora.train.world import World
@@ -61,6 +62,8 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
 
     Settings left at "auto" mean weights on the device and full checkpointing.
     """
+    if world.context > 1:
+        share_attention(transformer, context_of(cfg, world))
     compiled = cfg.train.compile
     if compiled is None:  # on several GPUs it has not been tried; ZeRO's hooks are in its way
         compiled = world.device.type == "cuda" and kind == "plain"
@@ -126,8 +129,10 @@ class TorchEngine:
         self._optimizer = build_optimizer(train, list(self._parameters.values()))
 
     def backward(self, loss: Tensor) -> None:
-        """Add one microstep's gradient; of a loss that is not finite none is."""
-        (poisoned(loss) / self._train.gradient_accumulation).backward()
+        """Add one microstep's gradient; of a loss that is not finite none is. The part of the clip
+        that is here counts as the whole in the mean over processes."""
+        share = self._world.context / self._train.gradient_accumulation
+        (poisoned(loss) * share).backward()
 
     def step(self, lr: float) -> Tensor:
         """Average, clip and apply the gradients; returns their norm before clipping, ().
@@ -180,7 +185,7 @@ class DeepSpeedEngine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=transformer, optimizer=optimizer, config=deepspeed_config(cfg, world)
         )
-        self.transformer = self._engine
+        self.transformer, self._context = self._engine, world.context
         self._parameters = lora_parameters(transformer)
         self._begins = True  # the next backward is a step's first
 
@@ -190,7 +195,7 @@ class DeepSpeedEngine:
             self.own_finite = torch.ones_like(loss, dtype=torch.bool)
         self._begins = False
         self.own_finite &= loss.isfinite()
-        self._engine.backward(poisoned(loss))
+        self._engine.backward(poisoned(loss) * self._context)  # as in TorchEngine
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 

@@ -24,6 +24,7 @@ from tempolora.rhythm.readout import Readout
 from tempolora.train.anchor import Anchor
 from tempolora.train.auto import MemoryAdvice
 from tempolora.train.checkpoint import Checkpoint
+from tempolora.train.context import WHOLE, Context, context_of
 from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
 from tempolora.train.heartbeat import Heartbeat
 from tempolora.train.metrics import MetricsLog
@@ -66,7 +67,8 @@ def train_expert(
         return resume.folder
     train = cfg.train
     heart.loading(f"loading the {expert} expert")
-    objective, rollout = build_objective(cfg, expert, world.device, resume)
+    context = context_of(cfg, world)
+    objective, rollout = build_objective(cfg, expert, world.device, resume, context)
     kind = choose_engine(cfg, world)
     advice = MemoryAdvice(cfg, kind, world)
     with advice:
@@ -77,7 +79,8 @@ def train_expert(
     predict = partial(wan.predict_velocity, engine.transformer)
     extra = [rollout] if rollout else []
     extra += [Anchor(cfg, engine.transformer)] if train.anchor_weight else []
-    source, validation = _data(cfg, expert, reader, world, draws, train.max_steps - done)
+    left = train.max_steps - done
+    source, validation = _data(cfg, expert, reader, world, draws, left, context)
     prepare = partial(follow_speed, cfg.lora.kind, engine.transformer)
     watch = Watch(cfg, expert, world)
     skips = Skips(world, train.max_skipped, resume.state.get("skipped", 0) if resume else 0)
@@ -116,7 +119,7 @@ def train_expert(
             skipped = skips.look(step, norm, engine, watch.keys)
             advice.passed()
             heart.training()
-            draws += train.batch_size * train.gradient_accumulation * world.size
+            draws += train.batch_size * train.gradient_accumulation * world.data_size
             if ema is not None and not skipped:
                 _average(ema, engine.lora_state(), ema_decay_at(step, train.ema_decay))
             due, last = validation.due(step), step == train.max_steps
@@ -163,7 +166,11 @@ def _readout(cfg: Config) -> Readout | None:
 
 
 def build_objective(
-    cfg: Config, expert: str, device: torch.device, resume: Checkpoint | None
+    cfg: Config,
+    expert: str,
+    device: torch.device,
+    resume: Checkpoint | None,
+    context: Context = WHOLE,
 ) -> tuple[Objective, Rollout | None]:
     """The loss of an expert, and its rollout term where there is one, from what lies by the shards.
 
@@ -171,7 +178,7 @@ def build_objective(
     """
     shards = Path(cfg.data.shards)
     readout = _readout(cfg)
-    objective = Objective(cfg, expert, readout, device)
+    objective = Objective(cfg, expert, readout, device, context)
     if resume:
         objective.load_state(resume.state["calibration"])
     if not cfg.rhythm.rollout_every or expert == "high":  # which alone reaches no clean clip
@@ -206,10 +213,16 @@ def _take_up(
 
 
 def _data(
-    cfg: Config, expert: str, reader: ShardReader, world: World, first_draw: int, steps: int
+    cfg: Config,
+    expert: str,
+    reader: ShardReader,
+    world: World,
+    first_draw: int,
+    steps: int,
+    context: Context,
 ) -> tuple[Iterator[Batch], Validation]:
     """The batches of the steps to come on this process, and the clips held out from them."""
-    collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""))
+    collate = Collate(cfg, expert, load_prompt(Path(cfg.data.shards), ""), context)
     positions, held_out = split_clips(reader.keys, cfg.data.held_out)
     held_out = of_each_group(cfg.lora.kind, reader, held_out)
     source = batches(
@@ -220,8 +233,8 @@ def _data(
         batch_size=cfg.train.batch_size,
         first_draw=first_draw,
         microsteps=steps * cfg.train.gradient_accumulation,
-        rank=world.rank,
-        world=world.size,
+        rank=world.data_rank,
+        world=world.data_size,
         workers=cfg.data.workers,
     )
     return source, Validation(cfg, expert, reader, held_out, collate)

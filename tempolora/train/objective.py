@@ -18,6 +18,7 @@ from tempolora.model.wan import condition_channels
 from tempolora.rhythm.kernels import flow_and_probe, probe_energy
 from tempolora.rhythm.probes import sound_probe
 from tempolora.rhythm.readout import Readout
+from tempolora.train.context import WHOLE, Context
 from tempolora.train.flow import interpolate, velocity
 from tempolora.train.normaliser import SigmaFit
 from tempolora.train.step import Batch
@@ -55,13 +56,19 @@ class Outcome:
 class Objective:
     """The loss of one expert; `state` and `load_state` carry c(sigma) through a checkpoint.
 
-    readout: of the shards, or None with rhythm.signal "latent".
+    readout: of the shards, or None with rhythm.signal "latent". context: the part of the picture
+    that batches hold; everything is a mean over pixels, and that of the whole is what comes back.
     """
 
     def __init__(
-        self, cfg: Config, expert: str, readout: Readout | None, device: torch.device
+        self,
+        cfg: Config,
+        expert: str,
+        readout: Readout | None,
+        device: torch.device,
+        context: Context = WHOLE,
     ) -> None:
-        self._cfg, self._readout = cfg, readout
+        self._cfg, self._readout, self.context = cfg, readout, context
         self._clean_first_frame = cfg.task == "i2v" and cfg.variant.per_token_time
         self._first_frame = int(self._clean_first_frame)
         self.weights = term_weights(cfg, expert)
@@ -105,15 +112,16 @@ class Objective:
             flow_B, energy_BP = flow_and_probe(
                 v_hat_BCTHW, v_BCTHW, probe, weight_BP, first_frame=self._first_frame
             )
+            flow_B, energy_BP = map(self.context.mean, (flow_B, energy_BP))
             total_B = flow_B + (weight_BP * energy_BP).sum(dim=1)
             parts = energy_BP.detach().split(rows, dim=1)
             energies = {n: part.sum(dim=1) for n, part in zip(names, parts, strict=True)}
         else:
             residual = (v_hat_BCTHW - v_BCTHW)[:, :, self._first_frame :]
-            total_B = flow_B = residual.square().mean(dim=(1, 2, 3, 4))
+            total_B = flow_B = self.context.mean(residual.square().mean(dim=(1, 2, 3, 4)))
         if self._absolute:
             x0_hat = self._x0_hat(batch, v_hat_BCTHW)
-            energy_B = probe_energy(x0_hat, self._probes["spectral"])
+            energy_B = self.context.mean(probe_energy(x0_hat, self._probes["spectral"]))
             total_B = total_B + self.weights["spectral"] * scale["spectral"] * energy_B
             energies["spectral"] = energy_B.detach()
         return Outcome(total_B.mean(), v_hat_BCTHW.detach(), flow_B.detach(), energies, scale)
@@ -200,7 +208,7 @@ class Objective:
         if "tv" not in self._probes:
             return torch.full_like(batch.sigma_B, torch.nan)
         moved, moving = (
-            probe_energy(x, self._probes["tv"])
+            self.context.mean(probe_energy(x, self._probes["tv"]))
             for x in (self._x0_hat(batch, v_hat_BCTHW), batch.latents_BCTHW)
         )
         return (moved / moving).log()
@@ -226,10 +234,11 @@ class Objective:
             seen = self._x0_hat(batch, v_hat) if absolute else residual
             energy_B = probe_energy(seen, self._probe(name, batch))
             terms[name] = (weight * outcome.scale[name] * energy_B).mean()
-        norms = {
-            name: torch.autograd.grad(term, v_hat, retain_graph=True)[0].norm()
+        squares = {
+            name: torch.autograd.grad(term, v_hat, retain_graph=True)[0].square().sum()
             for name, term in terms.items()
         }
+        norms = {name: self.context.mean(square).sqrt() for name, square in squares.items()}
         return {name: norms[name] / norms["flow"].clamp(min=TINY) for name in self.weights}
 
     def _x0_hat(self, batch: Batch, v_hat_BCTHW: Tensor) -> Tensor:

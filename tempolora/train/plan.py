@@ -185,7 +185,7 @@ class _Step:
     def _parts(self) -> dict[str, float]:
         work, train = self.work, self.cfg.train
         adapters = FP32 * sum(work.adapters)
-        latents = FP32 * train.batch_size * prod(self.cfg.latent_shape)
+        latents = FP32 * train.batch_size * prod(self.cfg.latent_shape) / work.context
         average = {} if train.ema_decay is None else {"moving average": adapters}
         return {
             "weights": self._weights(),

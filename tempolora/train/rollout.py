@@ -16,6 +16,7 @@ from tempolora.rhythm.bank import LEAST_CLIPS, Bank, bands_of, hinge, log_bands
 from tempolora.rhythm.probes import LEAST_COHERENCE
 from tempolora.rhythm.readout import Readout
 from tempolora.rhythm.tempo import motion, power_spectrum
+from tempolora.train.context import WHOLE, Context
 from tempolora.train.flow import interpolate, shift_sigma, u_range
 from tempolora.train.objective import Objective, Outcome, Predict
 from tempolora.train.step import Batch
@@ -57,7 +58,7 @@ class Rollout:
     ) -> Outcome:
         """The microstep's outcome with this term in its loss, under the name "rollout"."""
         x_BCTHW = self.sample(objective, predict, batch)
-        outside_B = self.outside(x_BCTHW, batch.latents_BCTHW)
+        outside_B = self.outside(x_BCTHW, batch.latents_BCTHW, objective.context)
         return replace(
             outcome,
             loss=outcome.loss + self._weight * outside_B.mean(),
@@ -80,8 +81,12 @@ class Rollout:
                 x = x + (following - sigma) * objective.denoise(predict, batch, x, sigma_B)
         return x
 
-    def outside(self, x_BCTHW: Tensor, clip_BCTHW: Tensor) -> Tensor:
-        """How far log band power lies outside of real clips that move as `clip` does, (B,)."""
+    def outside(self, x_BCTHW: Tensor, clip_BCTHW: Tensor, context: Context = WHOLE) -> Tensor:
+        """How far log band power lies outside of real clips that move as `clip` does, (B,).
+
+        context: the part of the picture that x and clip are.
+        """
         read = self._readout.luminance
-        low, high = self._bank.log_range(self._bands_QF, motion(read(clip_BCTHW)))
-        return hinge(log_bands(power_spectrum(read(x_BCTHW)), self._bands_QF), low, high)
+        low, high = self._bank.log_range(self._bands_QF, context.mean(motion(read(clip_BCTHW))))
+        power_BF = context.mean(power_spectrum(read(x_BCTHW)))
+        return hinge(log_bands(power_BF, self._bands_QF), low, high)

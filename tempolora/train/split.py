@@ -56,10 +56,12 @@ def seconds(cfg: Config, expert: str, gpus: int, card: Card) -> float:
 def _auto(cfg: Config, processes: int, card: Card | None) -> tuple[int, int] | None:
     """Halves; None where taking turns is predicted to end sooner, or where an engine that shares
     would have a group of one. The odd process goes to the low-noise expert: it has more sigmas."""
-    least = 2 if cfg.parallel.engine in ("ddp", "fsdp") else 1
-    if processes < 2 * least:
+    share = cfg.parallel.context  # processes that a group holds a multiple of
+    least = max(share, 2 if cfg.parallel.engine in ("ddp", "fsdp") else 1)
+    high = processes // share // 2 * share
+    sizes = high, processes - high
+    if high < least:
         return None
-    sizes = processes // 2, processes - processes // 2
     if card is None:
         return sizes
     at_once = max(seconds(cfg, expert, n, card) for expert, n in zip(cfg.experts, sizes))

@@ -10,6 +10,7 @@ from torch import Tensor
 from tempolora.config import Config
 from tempolora.data.shards import Sample
 from tempolora.model.wan import pad_text
+from tempolora.train.context import WHOLE, Context
 from tempolora.train.flow import sample_sigma
 
 EXPERT_STREAM = {"single": 0, "high": 1, "low": 2}  # so that experts see different noise
@@ -50,12 +51,13 @@ class Collate:
     """Draws noise, sigma and caption dropout for each sample; runs in the loader's processes.
 
     All of it follows from (seed, expert, draw), so neither the number of processes nor a resume
-    changes what a sample meets.
+    changes what a sample meets; nor does the part of the picture that this process takes.
     """
 
     cfg: Config
     expert: str
     empty_text_LD: Tensor
+    context: Context = WHOLE
 
     def __call__(self, drawn: list[tuple[int, Sample]], keep_captions: bool = False) -> Batch:
         train, noise, sigma, texts = self.cfg.train, [], [], []
@@ -68,11 +70,12 @@ class Collate:
             texts.append(self.empty_text_LD if dropped else sample.text)
             shape = sample.latents["latents"].shape
             noise.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
-        conditions = [s.latents["condition"] for _, s in drawn if "condition" in s.latents]
+        cut = self.context.cut
+        conditions = [cut(s.latents["condition"]) for _, s in drawn if "condition" in s.latents]
         return Batch(
             keys=[sample.key for _, sample in drawn],
-            latents_BCTHW=torch.stack([s.latents["latents"] for _, s in drawn]).float(),
-            noise_BCTHW=torch.stack(noise),
+            latents_BCTHW=torch.stack([cut(s.latents["latents"]) for _, s in drawn]).float(),
+            noise_BCTHW=torch.stack([cut(whole) for whole in noise]),
             sigma_B=torch.stack(sigma),
             text_BLD=pad_text(texts),
             condition_BCTHW=torch.stack(conditions).float() if conditions else None,

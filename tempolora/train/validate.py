@@ -69,9 +69,9 @@ class Validation:
         prepare: called with each batch before it is predicted.
         """
         sums = torch.zeros(2, len(self._centres), device=world.device)
-        rounds = -(-len(self._jobs) // world.size)
+        rounds = -(-len(self._jobs) // world.data_size)
         for turn in range(rounds):
-            number = turn * world.size + world.rank
+            number = turn * world.data_size + world.data_rank
             # Every process must take part in every forward pass; a surplus one does not count.
             position, place = self._jobs[number % len(self._jobs)]
             batch = self._batch(position, place).to(world.device)
@@ -93,7 +93,8 @@ class Validation:
         sample = self._reader.read(position)
         batch = self._collate([(0, sample)], keep_captions=True)
         random = np.random.default_rng([self._cfg.train.seed, position, place])
-        shape = batch.noise_BCTHW.shape
-        batch.noise_BCTHW = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        shape = (1, *sample.latents["latents"].shape)
+        noise_BCTHW = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        batch.noise_BCTHW = self._collate.context.cut(noise_BCTHW).contiguous()
         batch.sigma_B = self._centres[place : place + 1].float()
         return batch

@@ -85,7 +85,7 @@ class Watch:
             self._alarm.hear(step, change, to_clip, shares)
         values["flow_by_sigma"] = self._flow_by_sigma()
         seconds = time.perf_counter() - self._began
-        samples = len(self.keys) * self._world.size
+        samples = len(self.keys) * self._world.data_size
         values |= {
             "seconds": seconds,
             "samples_per_s": samples / seconds,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from tempolora.config import Config
+from tempolora.config import Config, ConfigError
 from tempolora.model.location import PART_OF, part_config
 from tempolora.model.targets import adapter_rows, target_modules
 from tempolora.variants import TEXT_TOKENS
@@ -49,7 +49,7 @@ class Work:
     """One microstep of one expert on one process.
 
     rows: output width of each adapted layer's B, by its name within a block. adapted: first and
-    one past the last block with adapters.
+    one past the last block with adapters. context: processes that share the samples.
     """
 
     batch: int
@@ -65,11 +65,12 @@ class Work:
     rank: int
     rows: dict[str, int]
     adapted: tuple[int, int]
+    context: int = 1
 
     @property
     def all_tokens(self) -> int:
-        """Of all samples of the microstep."""
-        return self.batch * self.tokens
+        """Of all samples of the microstep, on this process."""
+        return self.batch * self.tokens // self.context
 
     # --- Weights ----------------------------------------------------------------------------------
 
@@ -179,7 +180,8 @@ class Work:
         whether the block's hidden states do; the text that cross-attention reads never does."""
         names = [f"{attention}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
         inputs = [grads, *([grads and attention == SELF] * 2)]
-        rows = [self.all_tokens, *[self.batch * keys] * 2]
+        read = self.all_tokens if attention == SELF else self.batch * keys
+        rows = [self.all_tokens, read, read]
         needs = [into or name in trained for into, name in zip(inputs, names, strict=False)]
         flops = Flops()
         for name, count, into in zip(names, rows, inputs, strict=False):
@@ -248,7 +250,18 @@ def work_of(cfg: Config, expert: str) -> Work:
         rank=cfg.lora.rank,
         rows={n: widths.get(n, width) if rows is None else heads * rows for n in names},
         adapted=cfg.lora.blocks or (0, arch["num_layers"]),
+        context=cfg.parallel.context,
     )
+
+
+def check_heads(cfg: Config, expert: str) -> None:
+    """Raise ConfigError where `parallel.context` does not share out the attention heads equally."""
+    heads = part_config(cfg.model, PART_OF[expert])["num_attention_heads"]
+    if heads % cfg.parallel.context:
+        raise ConfigError(
+            f"parallel.context: {heads} attention heads cannot be shared by "
+            f"{cfg.parallel.context} processes; take a divisor of {heads}"
+        )
 
 
 def _within_a_block(names: list[str]) -> Iterator[str]:

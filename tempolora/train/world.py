@@ -34,15 +34,30 @@ class Seat:
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; collectives run over all of them."""
+    """This process among `size`; collectives run over all of them.
+
+    context: how many processes in a row share each clip. context_group: those that share ours.
+    """
 
     rank: int
     size: int
     device: torch.device
     memory_gib: float | None = None
     """What this process may use of its GPU; None: all."""
+    context: int = 1
+    context_group: dist.ProcessGroup | None = None
     seat: Seat | None = None
     """Where others train another expert meanwhile."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of each step's samples is ours: the same for all that share their clips."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """How many shares each step's samples come in."""
+        return self.size // self.context
 
     @property
     def is_main(self) -> bool:
@@ -62,8 +77,10 @@ class World:
         what torch holds here unused. Every process must call it."""
         if self.device.type != "cuda":
             return self.gpu_bytes
-        mine = torch.tensor([[free_bytes(self.device)]], dtype=torch.float64, device=self.device)
-        return self.gather(mine).min().item()
+        mine = torch.tensor(free_bytes(self.device), dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(mine, op=dist.ReduceOp.MIN)
+        return mine.item()
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes, on every one of them; in place."""
@@ -73,12 +90,13 @@ class World:
         return value
 
     def gather(self, rows_NK: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes under each other, in their order; as many from each."""
+        """The rows of all processes under each other, in their order; as many from each. Of those
+        that share their clips, which have the same, one counts."""
         if self.size == 1:
             return rows_NK
         parts = [torch.empty_like(rows_NK) for _ in range(self.size)]
         dist.all_gather(parts, rows_NK.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts[:: self.context])
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -135,13 +153,14 @@ def check_meeting_point(size: int) -> None:
 def join_world(
     with_deepspeed: bool,
     memory_gib: float | None = None,
+    context: int = 1,
     seat: Seat | None = None,
     timeout_minutes: float = 40.0,
 ) -> World:
     """Meet the other processes; collectives work afterwards. memory_gib: as in `pick_device`.
 
-    seat: meet those of this group alone. timeout_minutes: how long to wait for the others, now and
-    in each collective.
+    context: how many processes in a row share each clip. seat: meet those of this group alone.
+    timeout_minutes: how long to wait for the others, now and in each collective.
     """
     rank, size, local_rank = (seat.rank, seat.size, seat.local_rank) if seat else place()
     check_meeting_point(size)
@@ -161,7 +180,10 @@ def join_world(
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "0")
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
-    return World(rank, size, device, memory_gib, seat)
+    group = None
+    if context > 1:
+        group = dist.new_subgroups(group_size=context, timeout=timeout)[0]
+    return World(rank, size, device, memory_gib, context, group, seat)
 
 
 def leave_world() -> None:

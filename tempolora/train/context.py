@@ -1,0 +1,168 @@
+"""Long clips: several processes share each of them, every one with a part of the picture.
+
+A part is all latent frames of a rectangle. Everything in Wan and in the losses treats a token or a
+pixel by itself, but for two: the rotary embedding, which must know where the part lies, and
+self-attention, which sees the whole clip. There Ulysses (Jacobs et al. 2023) exchanges tokens for
+heads: each process attends with some of the heads to the tokens of all, and exchanges back. So a
+process never holds more of a clip than its part: latents, activations and losses are all shared.
+
+The loss is the same on all processes of a group; each has the gradient by way of its own part, and
+their sum is the clip's.
+
+Shapes: B batch, C channel, T latent frame, H, W latent height and width, L token of this process,
+N head, E channel of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tempolora.config import Config
+from tempolora.rhythm.sharded import mean_of_slices
+from tempolora.train.world import World
+
+_exchange_op = torch.ops._c10d_functional.all_to_all_single
+_wait_op = torch.ops._c10d_functional.wait_tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """Part `index` of a picture that is cut into rows x columns equal ones; group: who has them."""
+
+    rows: int = 1
+    columns: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """How many processes share a clip."""
+        return self.rows * self.columns
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This part of a tensor (..., height, width), a view."""
+        row, column = divmod(self.index, self.columns)
+        height, width = whole.shape[-2] // self.rows, whole.shape[-1] // self.columns
+        return whole[..., row * height :, column * width :][..., :height, :width]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The whole's mean over pixels, from this part's; its gradient here is that of our part."""
+        return value if self.size == 1 else mean_of_slices(value, self.group)
+
+
+WHOLE = Context()
+
+
+def context_of(cfg: Config, world: World) -> Context:
+    """This process's part of the clips that it works on."""
+    if world.context == 1:
+        return WHOLE
+    return Context(*cfg.context_grid, world.rank % world.context, world.context_group)
+
+
+def share_attention(transformer: nn.Module, context: Context) -> None:
+    """Have a transformer see its inputs as this part of larger ones; before it is compiled."""
+    transformer.rope.register_forward_pre_hook(_OfTheWhole(context))
+    transformer.rope.register_forward_hook(_OfThePart(context))
+    for block in transformer.blocks:
+        block.attn1.processor = SharedAttention(context)
+
+
+@dataclass(frozen=True)
+class _OfTheWhole:
+    """The rotary embedding is asked for the whole picture: it looks at its input's shape alone."""
+
+    context: Context
+
+    def __call__(self, rope: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        *outer, height, width = given[0].shape
+        whole = (*outer, height * self.context.rows, width * self.context.columns)
+        return (given[0].new_empty(()).expand(whole),)
+
+
+@dataclass(frozen=True)
+class _OfThePart:
+    """... and the tokens that are here are taken out."""
+
+    context: Context
+
+    def __call__(
+        self, rope: nn.Module, given: tuple[Tensor], found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        _, height, width = (
+            size // patch for size, patch in zip(given[0].shape[2:], rope.patch_size, strict=True)
+        )
+        parts = []
+        for table in found:
+            whole = rearrange(table, "1 (t h w) 1 e -> e t h w", h=height, w=width)
+            parts.append(rearrange(self.context.cut(whole), "e t h w -> 1 (t h w) 1 e"))
+        return tuple(parts)
+
+
+class SharedAttention:
+    """Self-attention over the tokens of all processes of a group.
+
+    Takes the place of diffusers' `WanAttnProcessor` and follows it line for line but for the
+    exchange. Not diffusers' own Ulysses: its backward pass computes attention forward once more,
+    and hides it from selective checkpointing.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._size, self._name = context.size, context.group.group_name
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        x_BLD: Tensor,
+        text_BLD: None = None,
+        mask: None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As diffusers' processors are called."""
+        query = attn.norm_q(attn.to_q(x_BLD)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(x_BLD)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(x_BLD).unflatten(2, (attn.heads, -1))
+        query, key = _rotate(query, *rope), _rotate(key, *rope)
+        out_BNLE = F.scaled_dot_product_attention(*map(self._to_heads, (query, key, value)))
+        out_BLD = self._to_tokens(out_BNLE).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out_BLD))
+
+    def _to_heads(self, x_BLNE: Tensor) -> Tensor:
+        """All heads of our tokens -> (B, N / size, L * size, E): our heads of all tokens."""
+        sent = rearrange(x_BLNE, "b l (p n) e -> (p l) b n e", p=self._size)
+        return rearrange(self._exchange(sent), "l b n e -> b n l e")
+
+    def _to_tokens(self, x_BNLE: Tensor) -> Tensor:
+        """Our heads of all tokens -> (B, L, D): all heads of our tokens."""
+        received = self._exchange(rearrange(x_BNLE, "b n l e -> l b n e"))
+        return rearrange(received, "(p l) b n e -> b l (p n e)", p=self._size)
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        return _Exchange.apply(x, self._size, self._name)
+
+
+class _Exchange(torch.autograd.Function):
+    """Part p of x, along its first axis, goes to process p. The way back is the same."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int, name: str) -> Tensor:
+        ctx.group = size, name
+        shares = [x.shape[0] // size] * size
+        return _wait_op(_exchange_op(x.contiguous(), shares, shares, name))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Exchange.apply(gradient, *ctx.group), None, None
+
+
+def _rotate(x_BLNE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x_BLNE.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x_BLNE)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
