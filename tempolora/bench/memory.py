@@ -133,6 +133,7 @@ def training_steps(cfg: Config, kind: str, world: Any, steps: int) -> dict[str, 
     import torch
 
     from tempolora.model import wan
+    from tempolora.train.context import context_of
     from tempolora.train.engine import build_engine, loading_device
     from tempolora.train.loop import load_with_adapters
 
@@ -142,6 +143,7 @@ def training_steps(cfg: Config, kind: str, world: Any, steps: int) -> dict[str, 
     engine = build_engine(kind, cfg, transformer, world)
     load_s = _seconds(device) - begin
     latents_BCTHW = torch.randn(cfg.train.batch_size, *cfg.latent_shape, device=device)
+    latents_BCTHW = context_of(cfg, world).cut(latents_BCTHW).contiguous()
     given: dict[str, Any] = {"per_token_time": cfg.variant.per_token_time}
     if cfg.task == "i2v" and not cfg.variant.per_token_time:
         given["condition_BCTHW"] = wan.condition_channels(torch.randn_like(latents_BCTHW))

@@ -3,8 +3,8 @@
     python -m tempolora.bench scaling [--gpus 1 2 4] [--engines ddp fsdp deepspeed] [--set K=V ...]
 
 Each GPU has a sample of its own, so the work grows with the GPUs and the seconds should not. A row
-is a torchrun of its own over full-size weights, drawn at random. With `parallel.context` of C, C
-GPUs share a sample. Reserved memory is the highest of all GPUs.
+is a torchrun of its own over full-size weights, drawn at random. With --context C, C of several GPUs
+share a sample. Reserved memory is the highest of all GPUs.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--context", type=int, default=1, help="GPUs that share a sample")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--engine", choices=("plain", *ENGINES), help=argparse.SUPPRESS)
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> None:
 def settings_of(options: argparse.Namespace) -> list[str]:
     cfg = load_config(options.config, [])
     high = ["model.expert=high"] if len(cfg.variant.experts) == 2 else []
-    return [*COMMON, *high, f"parallel.engine={options.engine}", *options.settings]
+    shared = [] if options.engine == "plain" else [f"parallel.context={options.context}"]
+    return [*COMMON, *high, f"parallel.engine={options.engine}", *shared, *options.settings]
 
 
 def run_alone(options: argparse.Namespace, engine: str, count: int) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def run_alone(options: argparse.Namespace, engine: str, count: int) -> dict[str,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), "-m", "tempolora.bench", "scaling"]
     command += ["--config", str(options.config), "--engine", engine, "--steps", str(options.steps)]
+    command += ["--context", str(options.context)]
     for setting in options.settings:
         command += ["--set", setting]
     try:
@@ -87,14 +90,16 @@ def measure(cfg: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     peaks = torch.tensor([[found["reserved_gib"], found["allocated_gib"]]], device=world.device)
     found["reserved_gib"], found["allocated_gib"] = world.gather(peaks).amax(dim=0).tolist()
     leave_world()
-    return found if world.is_main else None
+    return found | {"context": world.context} if world.is_main else None
 
 
 def describe(engine: str, count: int, found: dict[str, Any], alone: dict[str, Any]) -> str:
     """A row as a line."""
     if "error" in found:
         return f"{engine} | {count} | {found['error']}"
-    share = f"{alone['rest_s'] / found['rest_s']:.1%}" if "rest_s" in alone else ""
+    share = ""
+    if "rest_s" in alone:
+        share = f"{alone['rest_s'] / found['rest_s'] / found['context']:.1%}"
     return (
         f"{engine} | {count} | {found['load_s']:.1f} | {found['first_s']:.1f} | "
         f"{found['rest_s']:.3f} | {share} | "

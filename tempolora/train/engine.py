@@ -181,6 +181,11 @@ class DeepSpeedEngine:
     def __init__(self, cfg: Config, transformer: nn.Module, world: World) -> None:
         import deepspeed
 
+        # A block is gathered whole: its inner modules then bear no hooks, which would stand in the
+        # way of compilation and cost a collective each.
+        deepspeed.utils.set_z3_leaf_modules(transformer, [type(transformer.blocks[0])])
+        first = int(next(iter(lora_parameters(transformer))).split(".")[1])
+        transformer.blocks[first].register_forward_pre_hook(_needing_a_gradient)
         optimizer = build_optimizer(cfg.train, list(lora_parameters(transformer).values()))
         self._engine, _, _, _ = deepspeed.initialize(
             model=transformer, optimizer=optimizer, config=deepspeed_config(cfg, world)
@@ -234,6 +239,14 @@ class DeepSpeedEngine:
         if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
             return zero.fp32_partitioned_groups_flat
         return zero.single_partition_of_fp32_groups
+
+
+def _needing_a_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a block whose inputs need none DeepSpeed reduces the gradients before they are there."""
+    hidden_BLD, *rest = given
+    if torch.is_grad_enabled() and not hidden_BLD.requires_grad:
+        hidden_BLD = hidden_BLD.detach().requires_grad_()
+    return hidden_BLD, *rest
 
 
 Engine = TorchEngine | DeepSpeedEngine
