@@ -280,7 +280,7 @@ def test_inputs_come_back_whole_and_their_buffers_are_used_again():
     for n in (2, 1, 0):
         assert torch.equal(kept[n].take(), xs[n])
     with pytest.raises(AssertionError, match="second time"):
-        kept[0].fetch()
+        kept[0].take()
     dropped = pool.keep(xs[0])
     del dropped
     again = [pool.keep(x) for x in xs]

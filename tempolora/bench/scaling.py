@@ -3,8 +3,8 @@
     python -m tempolora.bench scaling [--gpus 1 2 4] [--engines ddp fsdp deepspeed] [--set K=V ...]
 
 Each GPU has a sample of its own, so the work grows with the GPUs and the seconds should not. A row
-is a torchrun of its own over full-size weights, drawn at random. With --context C, C of several GPUs
-share a sample. Reserved memory is the highest of all GPUs.
+is a torchrun of its own over full-size weights, drawn at random. With --context C, C GPUs share
+a sample. Reserved memory is the highest of all GPUs.
 """
 
 import argparse

@@ -142,21 +142,32 @@ class SharedAttention:
         return rearrange(received, "(p l) b n e -> b l (p n e)", p=self._size)
 
     def _exchange(self, x: Tensor) -> Tensor:
-        return _Exchange.apply(x, self._size, self._name)
+        return _exchange(x, self._size, self._name)
 
 
-class _Exchange(torch.autograd.Function):
+# An operator of our own: the compiler would keep what torch's collectives return for the backward
+# pass, whatever checkpointing says.
+@torch.library.custom_op("tempolora::exchange", mutates_args=())
+def _exchange(x: Tensor, size: int, name: str) -> Tensor:
     """Part p of x, along its first axis, goes to process p. The way back is the same."""
+    shares = [x.shape[0] // size] * size
+    return _wait_op(_exchange_op(x.contiguous(), shares, shares, name))
 
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, name: str) -> Tensor:
-        ctx.group = size, name
-        shares = [x.shape[0] // size] * size
-        return _wait_op(_exchange_op(x.contiguous(), shares, shares, name))
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Exchange.apply(gradient, *ctx.group), None, None
+@_exchange.register_fake
+def _(x: Tensor, size: int, name: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_group(ctx, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    ctx.group = inputs[1:]
+
+
+def _exchange_back(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _exchange(gradient, *ctx.group), None, None
+
+
+_exchange.register_autograd(_exchange_back, setup_context=_keep_group)
 
 
 def _rotate(x_BLNE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -264,7 +264,12 @@ def deepspeed_config(cfg: Config, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": train.gradient_accumulation,
         "train_batch_size": train.batch_size * train.gradient_accumulation * world.size,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": cfg.parallel.zero_stage or 3},
+        # Its own linear function saves weights less often, which blocks gathered whole have no need
+        # of, and loses gradients where torch 2.11 compiles it.
+        "zero_optimization": {
+            "stage": cfg.parallel.zero_stage or 3,
+            "memory_efficient_linear": False,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": train.max_steps + 1,
     }
