@@ -199,7 +199,7 @@ class TrainConfig(_Section):
     """Blocks beyond `kept_blocks` that keep the same in pinned host memory (at most all of them);
     for compiled blocks on whole models."""
     compile: bool | None = None
-    """torch.compile each transformer block; by default where one process trains on a GPU."""
+    """torch.compile each transformer block; by default on a GPU."""
     seed: Count = 0
     """Seed of LoRA initialisation, data order, noise and sigma."""
     checkpoint_every: Positive = 100

@@ -65,8 +65,8 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
     if world.context > 1:
         share_attention(transformer, context_of(cfg, world))
     compiled = cfg.train.compile
-    if compiled is None:  # on several GPUs it has not been tried; ZeRO's hooks are in its way
-        compiled = world.device.type == "cuda" and kind == "plain"
+    if compiled is None:
+        compiled = world.device.type == "cuda"
     if needs_whole_model(cfg):
         offload = cfg.train.checkpointing == "offload"
         recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)

@@ -166,8 +166,7 @@ class _Step:
     ) -> None:
         self.cfg, self.work, self.settings, self.gpus = cfg, work, settings, gpus
         self.gpu, self.values = gpu, values
-        compiled = cfg.train.compile
-        self.compiled = settings.engine == "plain" if compiled is None else compiled
+        self.compiled = cfg.train.compile is not False
         self.trained_blocks = work.blocks - work.adapted[0]  # those below are not differentiated
 
     def plan(self) -> Plan:

@@ -53,12 +53,12 @@ CONSTANTS = {
     "sample_flight": Constant(
         0.62, "11 D + 3 F", "H200, sampling T2V-A14B at 49x576x1024: 30.0 GiB", False
     ),
-    "ddp_share": Constant(0.99, "of one GPU's speed", "2 H200s, T2V-A14B: 11.09 s", False),
+    "ddp_share": Constant(1.0, "of one GPU's speed", "2 H200s: 9.189 s, alone 9.194", False),
     "streamed_share": Constant(
         0.98, "of one GPU's speed", "not measured: as fsdp, which moves weights too", False
     ),
-    "fsdp_share": Constant(0.98, "of one GPU's speed", "2 H200s, T2V-A14B: 11.23 s", False),
-    "deepspeed_share": Constant(0.93, "of one GPU's speed", "2 H200s, T2V-A14B: 11.82 s", False),
+    "fsdp_share": Constant(0.98, "of one GPU's speed", "2 H200s: 9.368 s", False),
+    "deepspeed_share": Constant(0.92, "of one GPU's speed", "2 H200s: 10.005 s", False),
 }
 
 VALUES = {name: constant.value for name, constant in CONSTANTS.items()}
