@@ -126,7 +126,8 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
     assert ranks.run(size, arguments(engine, shards, whole, *more), log) == [0, 0], log.read_text()
     seen = Counter()
     for number, kind in enumerate(kinds):
-        start, full = newest(out), FULL[engine] if kind == "disk full" else None
+        start, before = newest(out), len(lines(out))
+        full = FULL[engine] if kind == "disk full" else None
         log = folder / f"log.{number}"
         pids = ranks.start(size, arguments(engine, shards, out, *more), log, full=full)
         moment = "saving"
@@ -135,7 +136,8 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
             moment = interrupt(stop_by, draw, pids, out)
         codes = ranks.wait()
         said = log.read_text()
-        reached = max([line["step"] for line in lines(out)], default=0)
+        # of this run: steps that an earlier one lost stand in the log as well
+        reached = max([line["step"] for line in lines(out)[before:]], default=start)
         if kind in ("SIGTERM", "SIGUSR1"):
             assert codes == [0, 0], f"{kind} {moment}: {codes}\n{said}"
             assert newest(out) == reached, said  # nothing at all is lost
