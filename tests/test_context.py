@@ -23,7 +23,10 @@ from conftest import SMALL, overrides
 
 from tempolora.config import ConfigError, load_config
 from tempolora.launched import check_engine
-from tempolora.train.context import Context
+from tempolora.model import wan
+from tempolora.train import blocks
+from tempolora.train.context import Context, share_attention
+from tempolora.train.loop import load_with_adapters
 from tempolora.train.plan import Settings, predict
 from tempolora.train.work import check_heads
 
@@ -119,6 +122,48 @@ def test_the_planner_shares_out_activations_and_time_but_not_weights():
         assert two.parts[name] == pytest.approx(one.parts[name] / 2)
     assert two.parts["weights"] == one.parts["weights"]
     assert one.seconds / 2 < two.seconds < 0.55 * one.seconds
+
+
+@pytest.mark.slow
+def test_compiled_full_checkpointing_keeps_nothing_that_was_exchanged(monkeypatch):
+    """In a group of one process: what autograd saves is as many bytes as without exchanges."""
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(blocks.torch, "compile", partial(torch.compile, backend=backend))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sizes = ("data.num_frames=33", "data.height=128", "data.width=128")
+        sets = (*sizes, "model.expert=high", "train.checkpointing=full", "train.compile=true")
+        saved = []
+        for context in (None, Context(group=dist.group.WORLD)):
+            torch._dynamo.reset()
+            cfg = load_config(TOY, sets)
+            transformer = load_with_adapters(cfg, "high", CPU, None)
+            if context:
+                share_attention(transformer, context)
+            blocks.prepare_blocks(cfg, transformer, CPU, compiled=True)
+            saved.append(saved_bytes(cfg, transformer))
+    finally:
+        torch._dynamo.reset()
+        dist.destroy_process_group()
+    assert saved[0] > 2**20
+    assert saved[1] == pytest.approx(saved[0], rel=0.02)
+
+
+def saved_bytes(cfg, transformer):
+    """What one forward keeps for its backward, without parameters."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    text = torch.randn(1, 512, transformer.config.text_dim)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        wan.predict_velocity(
+            transformer, torch.randn(1, *cfg.latent_shape), torch.tensor([0.5]), text
+        )
+    return sum(kept.values())
 
 
 # --- In four --------------------------------------------------------------------------------------

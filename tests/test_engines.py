@@ -138,7 +138,8 @@ def long_reference(toy_shards, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["SIGUSR1", pytest.param("SIGTERM", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint_that_loses_nothing(
     number, long_reference, toy_shards, tmp_path
 ):

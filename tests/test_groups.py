@@ -136,7 +136,7 @@ def test_a_signal_to_one_group_stops_both_and_the_resumed_run_equals_the_uninter
         assert same_tensors(resumed / lora, in_turn / lora)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killing_a_process_ends_the_other_group_with_its_state_saved(toy_shards, tmp_path):
     out = tmp_path / "out"
     run = start(ONE_EACH, settings(toy_shards, out, *MANY))

@@ -165,7 +165,7 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_interrupted_runs_go_on_to_the_same_lora_a_sample(engine, ranks, toy_shards, tmp_path):
     kinds = {"fsdp": ["SIGUSR1", "SIGKILL"], "deepspeed": ["disk full"]}[engine]
     seen = chain(ranks(engine), engine, toy_shards, tmp_path, kinds, seed=0)
