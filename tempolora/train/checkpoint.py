@@ -60,10 +60,9 @@ class Checkpoint:
 
 
 def begin(root: Path, step: int) -> Path:
-    """The temporary folder that a checkpoint is filled in, emptied of what a killed run left."""
+    """The temporary folder that a checkpoint is filled in; what killed runs left is gone."""
     folder = _temporary(root, step)
-    if folder.exists():
-        shutil.rmtree(folder)
+    _clear(root)
     folder.mkdir(parents=True)
     sync_folder(root)
     sync_folder(root.parent)
@@ -125,8 +124,7 @@ def seal(
     for old in _folders(root)[:-keep]:
         if not every or _step_of(old) % every:
             old.rename(_old(old))  # at once: a removal cut short leaves no half checkpoint
-    for left in root.glob(".step-*"):  # also what killed runs left
-        shutil.rmtree(left)
+    _clear(root)
     return final
 
 
@@ -174,6 +172,12 @@ def latest(root: Path) -> Checkpoint | None:
         except ConfigError as error:
             log.warning("%s; trying the one before", error)
     return None
+
+
+def _clear(root: Path) -> None:
+    """Remove what has no name of its own: one checkpoint at most is under way, and it is not yet."""
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left)
 
 
 def _temporary(root: Path, step: int) -> Path:
