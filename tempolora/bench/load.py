@@ -12,7 +12,6 @@ dropped before too. Memory is the peak over what the process had before it began
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tempolora.bench.alone import figures_of
 from tempolora.config import Config, load_config
 from tempolora.files import sync_file, write_json
 from tempolora.model.architectures import architecture
@@ -35,7 +35,6 @@ CASES = {
 }
 SHARD = 5 * 10**9  # bytes, as large as published ones
 BLOCK = 2**24
-TIMEOUT_S = 900
 SAMPLED_S = 0.002
 
 
@@ -109,14 +108,7 @@ def run_alone(options: argparse.Namespace, case: str) -> dict[str, Any]:
     command += ["--case", case, "--folder", str(options.folder)]
     for setting in options.settings:
         command += ["--set", setting]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {TIMEOUT_S} s"}
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    if done.returncode:
-        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return json.loads(lines[-1])
+    return figures_of(command)
 
 
 def load(cfg: Config) -> dict[str, float]:

@@ -10,13 +10,13 @@ a clip. Each runs in a process of its own, so that caps and peaks are its own. N
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from tempolora.bench.alone import figures_of
 from tempolora.config import Config, load_config
 from tempolora.files import write_json
 
@@ -29,7 +29,6 @@ ROWS = {
     "24": ("model.placement=host", "train.checkpointing=full", "parallel.gpu_memory_gib=24"),
 }
 """Settings of each row; a cap is in GiB."""
-TIMEOUT_S = 900
 
 
 def main(arguments: list[str]) -> None:
@@ -64,14 +63,7 @@ def run_alone(options: argparse.Namespace, row: str, task: str) -> dict[str, Any
     command += ["--rows", row, "--task", task, "--steps", str(options.steps)]
     for setting in options.settings:
         command += ["--set", setting]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {TIMEOUT_S} s"}
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    if done.returncode:
-        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return json.loads(lines[-1])
+    return figures_of(command)
 
 
 def describe(row: str, task: str, results: dict[str, dict[str, Any]]) -> str:

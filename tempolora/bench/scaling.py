@@ -9,18 +9,17 @@ a sample. Reserved memory is the highest of all GPUs.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tempolora.bench.alone import figures_of
 from tempolora.bench.memory import training_steps
 from tempolora.config import Config, load_config
 from tempolora.files import write_json
 
 COMMON = ("model.init=random", "train.optimizer=adamw", "model.placement=gpu")
 ENGINES = ("ddp", "fsdp", "deepspeed")
-TIMEOUT_S = 900
 
 
 def main(arguments: list[str]) -> None:
@@ -68,14 +67,7 @@ def run_alone(options: argparse.Namespace, engine: str, count: int) -> dict[str,
     command += ["--context", str(options.context)]
     for setting in options.settings:
         command += ["--set", setting]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {TIMEOUT_S} s"}
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {"error": errors[0].strip() if errors else f"exit status {done.returncode}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return figures_of(command)
 
 
 def measure(cfg: Config, options: argparse.Namespace) -> dict[str, Any] | None:

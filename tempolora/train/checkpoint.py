@@ -175,7 +175,7 @@ def latest(root: Path) -> Checkpoint | None:
 
 
 def _clear(root: Path) -> None:
-    """Remove what has no name of its own: one checkpoint at most is under way, and it is not yet."""
+    """Remove what has no name of its own: nothing is under way when this is called."""
     for left in root.glob(".step-*"):
         shutil.rmtree(left)
 
