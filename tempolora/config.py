@@ -365,6 +365,12 @@ def _check_parallel(cfg: Config) -> None:
             "is trained; leave it out"
         )
     _ = cfg.context_grid  # which there must be
+    zero = parallel.deepspeed.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("memory_efficient_linear"):
+        raise ConfigError(
+            "parallel.deepspeed: memory_efficient_linear loses gradients where torch compiles it; "
+            "leave it out"
+        )
     for key, ours in GOVERNED.items():
         if key in parallel.deepspeed:
             raise ConfigError(f"parallel.deepspeed: {key} is derived here; set {ours} instead")

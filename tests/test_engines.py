@@ -107,6 +107,21 @@ def test_two_processes_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(resumed[name], ours[name]) for name in ours)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", LAUNCHERS)
+def test_compiled_blocks_take_the_same_steps_under_every_engine(engine, tmp_path):
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), *LAUNCHERS["ddp"][1:]]
+    script = [str(ROOT / "tests" / "compiled_steps.py"), engine, str(tmp_path / "out.json")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([*torchrun, *script], env=env, capture_output=True, text=True, timeout=540)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["graphs"] and not found["breaks"]
+    for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_plain_run_resumes_bit_for_bit_with_accumulation_and_a_moving_average(
     optimizer, toy_shards, tmp_path
