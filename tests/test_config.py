@@ -85,6 +85,14 @@ def test_a_setting_without_meaning_is_refused():
         load_config(None, ["parallel.engine=fsdp", "parallel.zero_stage=2"])
     with pytest.raises(ConfigError, match=r"gradient_clipping is derived here; set train\.max"):
         load_config(None, ['parallel.deepspeed={"gradient_clipping": 2}'])
+    linear = '{"zero_optimization": {"memory_efficient_linear": true}}'
+    with pytest.raises(ConfigError, match=r"memory_efficient_linear loses gradients"):
+        load_config(None, [f"parallel.deepspeed={linear}"])
+    with pytest.raises(ConfigError, match=r"train\.host_blocks: has no meaning"):
+        load_config(None, ["train.checkpointing=full", "train.host_blocks=2"])
+    with pytest.raises(ConfigError, match=r"train\.host_blocks: what an uncompiled block keeps"):
+        sets = ["train.checkpointing=selective", "train.compile=false"]
+        load_config(None, [*sets, "train.host_blocks=2"])
     with pytest.raises(ConfigError, match=r"lora\.time_rows: has no meaning"):
         load_config(None, ["lora.target=qk", "lora.time_rows=16"])
     with pytest.raises(ConfigError, match=r"model\.expert: ti2v_5b has one transformer"):

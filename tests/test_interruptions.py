@@ -153,7 +153,8 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
         # one interval; and one more where the newest was not sealed yet, or was damaged
         assert lost <= 2 * EVERY, f"{kind} {moment}: {lost} steps lost"
         seen[f"{kind}, {moment}"] += 1
-        seen["most steps lost"] = max(seen["most steps lost"], lost)
+        name = f"most steps lost: {kind}"
+        seen[name] = max(seen[name], lost)
     log = folder / "log.last"
     assert ranks.run(size, arguments(engine, shards, out, *more), log) == [0, 0], log.read_text()
     ours, theirs = load_file(out / LORA), load_file(whole / LORA)
