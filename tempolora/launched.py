@@ -49,6 +49,11 @@ def check_engine(cfg: Config, processes: int) -> None:
             'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '
             'use "bf16", or parallel.engine "fsdp" or "ddp" under torchrun'
         )
+    if cfg.train.host_blocks and (uses_deepspeed(cfg) or engine == "fsdp"):
+        raise ConfigError(
+            "train.host_blocks: has only been made for bases that are whole on every GPU; leave it "
+            'out, or use parallel.engine "ddp"'
+        )
     if engine == "plain" and processes > 1:
         raise ConfigError(
             f'parallel.engine: "plain" runs on one process, {processes} were started; '

@@ -107,3 +107,10 @@ def test_an_engine_that_does_not_go_with_the_number_of_processes_is_refused(engi
     cfg = load_config(None, [f"parallel.engine={engine}"])
     with pytest.raises(ConfigError, match=f'parallel.engine: "{engine}"'):
         check_engine(cfg, processes)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_blocks_kept_on_the_host_are_refused_where_the_base_is_sharded(engine):
+    sets = ["train.checkpointing=selective", "train.host_blocks=2", f"parallel.engine={engine}"]
+    with pytest.raises(ConfigError, match=r"train\.host_blocks: has only been made for bases"):
+        check_engine(load_config(None, sets), 2)
