@@ -78,7 +78,7 @@ test: lint $(VENV)/.ops
 
 soak: $(VENV)/.ops
 	@find $(OPS) -name lock -delete
-	@$(RUN) python -m pytest -m soak $(PYTEST_ARGS)
+	@$(RUN) python -m pytest -m soak -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	@$(RUN) ruff check .

@@ -123,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu", metavar="NAME", help="whose speed to assume, H200, A100 and others; H200 if none"
     )
+    plan.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the first and the last process's shards of the base, without memory, and count",
+    )
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the same for machines")
     command("report", _report, "Write report.html in output.dir again.")
     command("verify", _verify, "Check shards and checkpoints against their checksums.")
@@ -421,9 +426,22 @@ def _plan(options: argparse.Namespace) -> int:
     memory = options.gpu_memory * GIB
     card = card_of(memory, gpus=options.gpus, host=host, gpu=GPUS[name])
     report = Report(cfg, card, memory, named=options.gpu is not None)
-    print("\n".join(report.lines()))
+    lines, found = [*report.lines()], report.as_json()
+    if options.dry_run:
+        engine = report.plan.settings.engine
+        if engine != "fsdp":
+            raise ConfigError(
+                f'--dry-run: the plan is "{engine}", and only "fsdp" can be built without GPUs; '
+                "set parallel.engine=fsdp, and --gpus to two or more for each expert"
+            )
+        from tempolora.train.dry_run import dry_run
+
+        trial = dry_run(cfg, report.plan, report.group)
+        lines += ["", *trial.lines()]
+        found["dry_run"] = trial.as_json()
+    print("\n".join(lines))
     if options.json:
-        write_json(options.json, report.as_json())
+        write_json(options.json, found)
     return 0 if report.fits else 1
 
 

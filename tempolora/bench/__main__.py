@@ -15,6 +15,7 @@ NAMES = (
     "rhythm",
     "scaling",
     "step",
+    "traffic",
 )
 
 

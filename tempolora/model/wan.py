@@ -105,6 +105,18 @@ def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
     return _on_meta(new_transformer, config)
 
 
+def blank_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
+    """What `load_transformer` gives with all weights on one device, number formats included, on
+    the meta device. A base left at "auto" is bf16."""
+    module = meta_transformer(model, expert)
+    rounded = fp8.swap_on_meta(module) if model.base == "fp8" else set()
+    for name, parameter in module.named_parameters():
+        kept = name in rounded | set(map(_scale_of, rounded)) or _kept_fp32(module, name)
+        if not kept:
+            parameter.data = parameter.data.to(_DTYPE[model.base])
+    return module.requires_grad_(False).eval()
+
+
 def transformer_bytes(model: ModelConfig, expert: str) -> int:
     """Memory of `load_transformer`'s weights in `model.base`, without loading them."""
     module = meta_transformer(model, expert)

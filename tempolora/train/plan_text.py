@@ -45,6 +45,16 @@ class Report:
         self._next = None if plans else next_setting(cfg, card)
 
     @property
+    def plan(self) -> Plan:
+        """The best that fits, or else the smallest."""
+        return self._plan
+
+    @property
+    def group(self) -> int:
+        """On how many GPUs: all, or those of the smaller of two groups."""
+        return self._card.gpus
+
+    @property
     def rates(self) -> str:
         """Where the seconds come from."""
         gpu = self._card.gpu
