@@ -1,7 +1,9 @@
 """Shards: readable by any WebDataset tool, refused when damaged or made for something else."""
 
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import webdataset
 from safetensors.torch import save_file
 
 from tempolora.config import ConfigError, load_config
+from tempolora.data import shards
 from tempolora.data.shards import (
     MEMBERS,
     PROMPTS,
@@ -56,6 +59,24 @@ def test_a_sample_comes_back_bit_for_bit(folder):
         assert found.text.dtype == torch.bfloat16
         assert torch.equal(found.rhythm["motion_energy"], wanted.rhythm["motion_energy"])
         assert found.meta == wanted.meta
+
+
+def test_no_more_shards_are_open_than_a_process_may_have(folder, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_OPEN", 1)
+    reader = ShardReader(folder, WANTED)
+    for position in (0, 1, 2, 3, 1, 0):  # from one shard to the other and back
+        assert reader.read(position).key == reader.keys[position]
+        opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in reader._files.values()]
+        assert len(opened) == 1 and opened[0].startswith(str(folder))
+    shards_open = [p for p in map(_target, Path("/proc/self/fd").iterdir()) if str(folder) in p]
+    assert len(shards_open) == 1
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # the folder's own listing
+        return ""
 
 
 def test_what_is_heard_in_each_sample_is_known_without_reading_it(folder):

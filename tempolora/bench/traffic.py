@@ -326,7 +326,7 @@ def loading() -> Rows:
         *(f"{c.name}: samples/s; GB/s" for c in (A14B, TI2V)),
     ]
     for ranks in SIZES:
-        opened = ranks * (1 + 2 * ceil(CLIPS / A14B.cfg.data.samples_per_shard))
+        opened = ranks * (1 + ceil(CLIPS / A14B.cfg.data.samples_per_shard))
         wants = [
             f"{ranks / c.step_s:.1f}; {ranks / c.step_s * c.sample_bytes / 1e9:.3f}"
             for c in (A14B, TI2V)

@@ -34,6 +34,7 @@ from tempolora.config import Config, ConfigError
 from tempolora.files import replacing, sha256_of, write_json
 
 FORMAT = 2  # 1: beats, tempo and the kind of silence were not kept
+MOST_OPEN = 128  # shards of a reader at a time: a process may open 1024 files on many systems
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
 HEARD, SILENT, ABSENT, BROKEN = "heard", "silent", "absent", "broken"  # a sample's sound
@@ -258,9 +259,10 @@ class ShardReader:
             if Path(shard["name"]).name != shard["name"]:
                 raise ConfigError(f"{folder / MANIFEST}: {shard['name']!r} is not in this folder")
             path = index_path(folder / shard["name"])
-            if not path.is_file() or sha256_of(path) != shard["index_sha256"]:
+            content = path.read_bytes() if path.is_file() else b""
+            if sha256(content).hexdigest() != shard["index_sha256"]:
                 raise _damaged(path, "does not fit the manifest")
-            index = json.loads(path.read_bytes())
+            index = json.loads(content)
             self._speeds |= index["speeds"]
             self.sound |= index["sound"]
             for key, members in index["samples"].items():
@@ -296,9 +298,13 @@ class ShardReader:
 
     def _member(self, shard: str, place: list[Any]) -> bytes:
         path = self._folder / shard
-        if shard not in self._files:
-            self._files[shard] = _open(path)
-        return _read(path, self._files[shard], place)
+        descriptor = self._files.pop(shard, None)
+        if descriptor is None:
+            descriptor = _open(path)
+            if len(self._files) == MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+        self._files[shard] = descriptor  # the last used stands last
+        return _read(path, descriptor, place)
 
 
 def read_latents(shard: Path, members: dict[str, list[Any]]) -> Tensor:
