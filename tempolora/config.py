@@ -231,6 +231,9 @@ class ParallelConfig(_Section):
     expert_split: Literal["auto"] | tuple[Positive, Positive] | None = "auto"
     """Both experts at once, each on its own group of processes: [high, low] processes, or auto,
     where that is predicted to end sooner. null: all processes train one expert after the other."""
+    shard_over: Annotated[int, Field(ge=2)] | Literal["node"] | None = None
+    """Engine fsdp: how many processes in a row share one copy of the base; "node": those of one
+    host. null: all, or with several hosts those of one host where that is predicted to fit."""
     context: Positive = 1
     """Processes that share each clip, a part of the picture each: for long clips. It must divide
     the number of processes, the attention heads, and the picture into equal parts."""
@@ -359,6 +362,11 @@ def _check_parallel(cfg: Config) -> None:
                     f"parallel.{key}: has no meaning with parallel.engine {parallel.engine!r}; "
                     "leave it out"
                 )
+    if parallel.shard_over is not None and parallel.engine != "fsdp":
+        raise ConfigError(
+            f"parallel.shard_over: has no meaning with parallel.engine {parallel.engine!r}; "
+            'set that to "fsdp", or leave it out'
+        )
     if isinstance(parallel.expert_split, tuple) and len(cfg.experts) == 1:
         raise ConfigError(
             f"parallel.expert_split: {list(parallel.expert_split)} has no meaning where one expert "

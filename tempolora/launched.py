@@ -36,13 +36,19 @@ def needs_whole_model(cfg: Config) -> bool:
 
 
 def check_engine(cfg: Config, processes: int) -> None:
-    """Raise ConfigError where `parallel.engine` or `parallel.context` does not go with the
+    """Raise ConfigError where `parallel.engine`, `context` or `shard_over` does not go with the
     number of processes, or DeepSpeed with the base or its place."""
     engine, context = cfg.parallel.engine, cfg.parallel.context
     if processes % context:
         raise ConfigError(
             f"parallel.context: {context} processes share each clip, and {processes} cannot be "
             f"divided into groups of {context}; start a multiple of {context}"
+        )
+    shared = cfg.parallel.shard_over
+    if isinstance(shared, int) and processes % shared:
+        raise ConfigError(
+            f"parallel.shard_over: {shared} processes share one copy of the base, and {processes} "
+            f"cannot be divided into groups of {shared}; start a multiple of {shared}"
         )
     if cfg.model.base == "fp8" and uses_deepspeed(cfg):
         raise ConfigError(

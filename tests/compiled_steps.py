@@ -16,8 +16,9 @@ from tempolora.config import load_config
 from tempolora.model import wan
 from tempolora.model.lora import lora_parameters
 from tempolora.train import blocks
-from tempolora.train.engine import build_engine, loading_device
+from tempolora.train.engine import build_engine
 from tempolora.train.loop import load_with_adapters
+from tempolora.train.spread import spread_of
 from tempolora.train.world import World, join_world, leave_world
 
 TOY = Path(__file__).parents[1] / "configs" / "toy.json"
@@ -28,8 +29,8 @@ def steps(engine: str, world: World, compiled: bool) -> list[tuple[float, float]
     sets = ("model.expert=high", "train.optimizer=adamw", "lora.target=self_attention")
     more = (f"train.compile={str(compiled).lower()}", f"parallel.engine={engine}")
     cfg = load_config(TOY, [*sets, "train.checkpointing=full", *more])
-    device = loading_device(engine, cfg, world)
-    transformer = load_with_adapters(cfg, "high", device, None)
+    spread = spread_of(engine, cfg, world)
+    transformer = load_with_adapters(cfg, "high", world.device, None, spread)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(transformer).values():
         parameter.data.normal_(0, 0.02, generator=generator)

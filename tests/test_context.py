@@ -278,7 +278,7 @@ class Recorder(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def transformer_of(cfg):
+def transformer_of(cfg, spread):
     """A small Wan of four heads with adapters that do something; the same on every process."""
     from tempolora.model import lora, wan
     from tempolora.model.architectures import architecture
@@ -288,6 +288,8 @@ def transformer_of(cfg):
     torch.manual_seed(0)
     transformer = wan.new_transformer(architecture(cfg.model.variant, "transformer") | small)
     transformer.requires_grad_(False)
+    if spread:
+        spread(transformer)
     lora.add_lora(transformer, cfg.lora, cfg.timebase, 0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in lora_parameters(transformer).items():
@@ -322,12 +324,14 @@ def one_step(cfg, kind, world, draws):
     from tempolora.train.context import context_of
     from tempolora.train.objective import Objective
     from tempolora.train.rollout import Rollout
+    from tempolora.train.spread import spread_of
     from tempolora.train.watch import Watch
 
     engines.build_optimizer = lambda train, parameters: Recorder(parameters, lr=0.0)
     expert, context = cfg.experts[0], context_of(cfg, world)
     readout = known_readout(channels=cfg.variant.latent_channels)
-    engine = engines.build_engine(kind, cfg, transformer_of(cfg), world)
+    transformer = transformer_of(cfg, spread_of(kind, cfg, world))
+    engine = engines.build_engine(kind, cfg, transformer, world)
     forward = partial(predict_velocity, engine.transformer)
     objective = Objective(cfg, expert, readout, CPU, context)
     batches = [drawn(cfg, expert, draw, context) for draw in draws]

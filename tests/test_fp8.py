@@ -19,6 +19,7 @@ from tempolora.model.location import PART_OF
 from tempolora.model.lora import add_lora, lora_parameters
 from tempolora.results.export import apply_lora_file, export_lora
 from tempolora.train.engine import build_engine
+from tempolora.train.spread import spread_of
 from tempolora.train.world import World
 
 TOY = Path(__file__).parents[1] / "configs" / "toy.json"
@@ -217,7 +218,7 @@ def sharded_gradients(rank, file, out):
 
 def gradients(kind, world):
     cfg = load_config(TOY, ["model.base=fp8", "train.checkpointing=full", "data.num_frames=17"])
-    transformer = wan.load_transformer(cfg.model, "high", CPU)
+    transformer = wan.load_transformer(cfg.model, "high", CPU, spread_of(kind, cfg, world))
     add_lora(transformer, cfg.lora, cfg.timebase, 0)
     engine = build_engine(kind, cfg, transformer, world)
     generator = torch.Generator().manual_seed(0)

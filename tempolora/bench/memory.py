@@ -126,12 +126,14 @@ def training_steps(cfg: Config, kind: str, world: Any, steps: int) -> dict[str, 
 
     from tempolora.model import wan
     from tempolora.train.context import context_of
-    from tempolora.train.engine import build_engine, loading_device
+    from tempolora.train.engine import build_engine
     from tempolora.train.loop import load_with_adapters
+    from tempolora.train.spread import spread_of
 
     device = world.device
     begin = _seconds(device)
-    transformer = load_with_adapters(cfg, cfg.experts[0], loading_device(kind, cfg, world), None)
+    spread = spread_of(kind, cfg, world)
+    transformer = load_with_adapters(cfg, cfg.experts[0], device, None, spread)
     engine = build_engine(kind, cfg, transformer, world)
     load_s = _seconds(device) - begin
     latents_BCTHW = torch.randn(cfg.train.batch_size, *cfg.latent_shape, device=device)

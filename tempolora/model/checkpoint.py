@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -49,6 +49,11 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def part(self, begin: int, length: int) -> "Stored":
+        """Some of its elements, in the order in which they lie in memory: (length,)."""
+        start = self.start + begin * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(length,), start=start)
 
 
 def contents(path: Path) -> dict[str, Stored]:

@@ -1,6 +1,8 @@
-"""Memory between two models: the one that was dropped gives all of its own back."""
+"""Memory of this process: what dropped models give back, and the most that it held."""
 
 import gc
+import resource
+import sys
 
 import torch
 
@@ -10,3 +12,9 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def host_peak() -> int:
+    """The most host memory that this process has held so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

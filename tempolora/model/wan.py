@@ -81,8 +81,14 @@ def new_text_encoder(config: dict[str, Any]) -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config.from_dict(config))
 
 
+# What of a weight is here: those of its elements, as they lie in memory, that begin at a number.
+Here = Callable[[Tensor], tuple[Tensor, int]]
+# Shares a frozen module out among processes; weights on meta get memory for what is here alone.
+Spread = Callable[[nn.Module], Here]
+
+
 def load_transformer(
-    model: ModelConfig, expert: str, device: torch.device | str
+    model: ModelConfig, expert: str, device: torch.device | str, spread: Spread | None = None
 ) -> WanTransformer3DModel:
     """The frozen transformer of `expert` ("high", "low" or "single") on `device`.
 
@@ -90,11 +96,12 @@ def load_transformer(
     modulation tables). They are read in file order and cast one by one into the memory they stay
     in. With base "fp8" the blocks' linear layers are Fp8Linear, rounded one by one. With
     `model.placement` host the blocks' matrices are in host memory and `device` sees them in turn.
-    A base or placement left at "auto" is bf16 on `device`. Raises ConfigError if the weights cannot
-    be had or do not fit.
+    With `spread` each process reads no more than its part; all of them must call it. A base or
+    placement left at "auto" is bf16 on `device`. Raises ConfigError if the weights cannot be had or
+    do not fit.
     """
     hosted = ("blocks.", stream_transformer) if model.placement == "host" else None
-    return _load(model, PART_OF[expert], device, new_transformer, _transformer_keys, hosted)
+    return _load(model, PART_OF[expert], device, new_transformer, _transformer_keys, hosted, spread)
 
 
 def meta_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
@@ -170,6 +177,7 @@ def _load(
     new: Callable[[dict[str, Any]], nn.Module],
     rename: Rename | None,
     hosted: Hosted | None = None,
+    spread: Spread | None = None,
 ) -> Any:
     """One part from its source: random weights, a single file, or a folder or hub id."""
     device, dtype = torch.device(device), _DTYPE[model.base]
@@ -178,14 +186,11 @@ def _load(
     in_fp8 = model.base == "fp8" and part.startswith("transformer")
     if in_fp8:
         fp8.check_device(device)
+    ways = device, dtype, hosted, spread, in_fp8
     if model.init == "random":
-        config = architecture(model.variant, part)
-        prefix, stream = hosted or (None, None)
-        module = _random(new, config, part, dtype, device, prefix, in_fp8)
-        module.requires_grad_(False).eval()
-        if stream:
-            stream(module, device)
-        return module
+        module = _on_meta(new, architecture(model.variant, part))
+        names = [name for name, _ in module.named_parameters()]
+        return _draw(_Places(module, names, *ways), part)
     path = single_file(model, part)
     if path is not None:
         files, config = [path], part_config(model, part)
@@ -196,7 +201,7 @@ def _load(
     module = _on_meta(new, config)
     stored = _fitting(model, part, module, files, rename)
     try:
-        return _read(module, stored, dtype, device, hosted, in_fp8)
+        return _read(_Places(module, list(stored), *ways), stored)
     except OSError as error:
         raise ConfigError(f"{_key(model, part)}: cannot be read: {error}") from error
 
@@ -210,38 +215,6 @@ def _key(model: ModelConfig, part: str) -> str:
 def _cannot_load(model: ModelConfig, part: str, error: Exception) -> ConfigError:
     reason = str(error).strip().split("\n")[0]
     return ConfigError(f"model.id: cannot load the {part} of {model.id}: {reason}")
-
-
-def _random(
-    new: Callable[[dict[str, Any]], nn.Module],
-    config: dict[str, Any],
-    part: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    hosted: str | None,
-    in_fp8: bool,
-) -> nn.Module:
-    """The architecture at normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
-
-    Norms in front of every matrix keep activations finite at any depth.
-    """
-    module = _on_meta(new, config)
-    generator = torch.Generator(device).manual_seed(RANDOM_SEED + _number(part))
-    state, parameters = {}, list(module.named_parameters())
-    rounded = fp8.swap_on_meta(module) if in_fp8 else set()
-    for name, parameter in parameters:
-        kind = dtype if not _kept_fp32(module, name) else torch.float32
-        tensor = torch.empty(parameter.shape, dtype=kind, device=device)
-        if name.endswith("bias"):
-            tensor.zero_()
-        elif "norm" in name:
-            tensor.fill_(1)
-        else:
-            tensor.normal_(0, RANDOM_STD, generator=generator)
-        # drawn and rounded on the device, where billions of values take no time
-        home = torch.device("cpu") if hosted and name.startswith(hosted) else device
-        state |= {key: value.to(home) for key, value in _stored(name, tensor, rounded).items()}
-    return _materialise(module, state, device)
 
 
 def _fitting(
@@ -314,61 +287,114 @@ def _ties(module: nn.Module) -> dict[str, str]:
     return {name: tied for name, tied in named if name != tied}
 
 
-def _read(
-    module: nn.Module,
-    stored: dict[str, Stored],
-    dtype: torch.dtype,
-    device: torch.device,
-    hosted: Hosted | None,
-    in_fp8: bool,
-) -> nn.Module:
-    """Give a module built on meta the memory it will keep, then fill that as the files are read."""
-    rounded = fp8.swap_on_meta(module) if in_fp8 else set()
-    prefix, stream = hosted or (None, None)
-    meta, state = module.state_dict(), {}
-    for name in stored:
-        if name in rounded:
-            blanks = {key: meta[key] for key in (name, _scale_of(name))}
-        else:
-            blanks = {name: meta[name].to(torch.float32 if _kept_fp32(module, name) else dtype)}
-        for key, like in blanks.items():
-            if stream and key.startswith(prefix) and like.ndim == 2:
-                state[key] = stand_in(like, device)
-            else:
-                state[key] = torch.empty_like(like, device=device)
-    _materialise(module, state, device).requires_grad_(False).eval()
-    streamed = stream(module, device) if stream else None
-    tensors = module.state_dict(keep_vars=True)
+class _Places:
+    """The memory of a module that was built on meta: what its weights `names` are put into.
 
-    def spans(name: str) -> list[Tensor]:
-        place = streamed.place(tensors[name]) if streamed else None
-        return place or [tensors[name].data.view(-1)]
+    It is what they stay in: on the device, in host memory, or of this process's share alone.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: list[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        hosted: Hosted | None,
+        spread: Spread | None,
+        in_fp8: bool,
+    ) -> None:
+        self.module, self.names, self.device, self.dtype = module, names, device, dtype
+        self.rounded = fp8.swap_on_meta(module) if in_fp8 else set()
+        prefix, stream = hosted or (None, None)
+        meta, state = module.state_dict(), {}
+        self.shapes = {name: meta[name].shape for name in names}
+        for name in names:
+            for key in (name, _scale_of(name)) if name in self.rounded else (name,):
+                like = meta[key] if name in self.rounded else meta[key].to(self.dtype_of(name))
+                if stream and key.startswith(prefix) and like.ndim == 2:
+                    state[key] = stand_in(like, device)
+                else:
+                    state[key] = torch.empty_like(like, device="meta" if spread else device)
+        module.load_state_dict(state, assign=True, strict=False)
+        module.requires_grad_(False).eval()
+        self._here = spread(module) if spread else None
+        _complete(module, device)
+        self._streamed = stream(module, device) if stream else None
+        self._tensors = module.state_dict(keep_vars=True)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a weight is cast to, and rounded from."""
+        return torch.float32 if _kept_fp32(self.module, name) else self.dtype
+
+    def here(self, name: str) -> tuple[int, int]:
+        """(first, number) of the elements of a weight that are wanted here."""
+        if not self._here:
+            return 0, self.shapes[name].numel()
+        values, begin = self._here(self._tensors[name])
+        return begin, len(values)
+
+    def spans(self, name: str) -> list[Tensor]:
+        """Where these go, one-dimensional, in a row."""
+        tensor = self._tensors[name]
+        if self._here:
+            return [self._here(tensor)[0]]
+        place = self._streamed.place(tensor) if self._streamed else None
+        return place or [tensor.data.view(-1)]
+
+    def put_rounded(self, name: str, values: Tensor) -> None:
+        """Round whole rows, all that are wanted here, into their places."""
+        width = self.shapes[name][1]
+        rows = values.view(-1, width)
+        step = max(1, ROUNDED_VALUES // width)
+        for row in range(0, len(rows), step):
+            weight, scale = fp8.quantise_rows(rows[row : row + step])
+            fill(self.spans(name), row * width, weight.view(-1))
+            fill(self.spans(_scale_of(name)), row, scale.view(-1))
+
+
+def _read(places: _Places, stored: dict[str, Stored]) -> nn.Module:
+    """Fill the module as the files are read."""
+    wanted = {name: stored[name].part(*places.here(name)) for name in places.names}
 
     def home(name: str) -> list[Tensor]:
-        if name in rounded:
-            return [torch.empty(tensors[name].numel(), dtype=dtype, device=device)]
-        return spans(name)
+        if name in places.rounded:
+            return [torch.empty(wanted[name].shape, dtype=places.dtype, device=places.device)]
+        return places.spans(name)
 
-    for name, filled in read(stored, home, pinned=device.type == "cuda"):
-        if name in rounded:
-            whole = filled[0].view(tensors[name].shape)
-            step = max(1, ROUNDED_VALUES // whole.shape[1])
-            for row in range(0, len(whole), step):
-                weight, scale = fp8.quantise_rows(whole[row : row + step])
-                fill(spans(name), row * whole.shape[1], weight.view(-1))
-                fill(spans(_scale_of(name)), row, scale.view(-1))
-            del filled, whole  # before the next one's home is made
-    if device.type == "cuda":
+    on_gpu = places.device.type == "cuda"
+    for name, filled in read(wanted, home, pinned=on_gpu):
+        if name in places.rounded:
+            places.put_rounded(name, filled[0])
+        del filled  # before the next one's home is made
+    if on_gpu:
         torch.cuda.empty_cache()  # what casting and rounding took
-    return module
+    return places.module
 
 
-def _stored(name: str, tensor: Tensor, rounded: set[str]) -> dict[str, Tensor]:
-    """A weight as the module holds it: itself, or 8-bit values and their scale."""
-    if name not in rounded:
-        return {name: tensor}
-    weight, scale = fp8.quantise_rows(tensor)
-    return {name: weight, _scale_of(name): scale}
+def _draw(places: _Places, part: str) -> nn.Module:
+    """Fill the module with normal weights (std 0.02), norms 1 and biases 0, seeded by its part.
+
+    Norms in front of every matrix keep activations finite at any depth. Where processes share the
+    weights, each draws all of them and keeps its part.
+    """
+    device = places.device
+    generator = torch.Generator(device).manual_seed(RANDOM_SEED + _number(part))
+    for name in places.names:
+        # drawn and rounded on the device, where billions of values take no time
+        tensor = torch.empty(places.shapes[name], dtype=places.dtype_of(name), device=device)
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif "norm" in name:
+            tensor.fill_(1)
+        else:
+            tensor.normal_(0, RANDOM_STD, generator=generator)
+        begin, count = places.here(name)
+        ours = tensor.view(-1)[begin : begin + count]
+        if name in places.rounded:
+            places.put_rounded(name, ours)
+        else:
+            fill(places.spans(name), 0, ours)
+    return places.module
 
 
 def _scale_of(name: str) -> str:
@@ -381,9 +407,8 @@ def _on_meta(new: Callable[[dict[str, Any]], nn.Module], config: dict[str, Any])
         return new(config)
 
 
-def _materialise(module: nn.Module, state: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """Give a module built on meta its weights, and what no state dict holds."""
-    module.load_state_dict(state, assign=True, strict=False)
+def _complete(module: nn.Module, device: torch.device) -> None:
+    """Give a module what no state dict holds."""
     if isinstance(module, UMT5EncoderModel):
         module.tie_weights()  # the embedding has two names and one tensor
     if isinstance(module, WanTransformer3DModel):
@@ -392,8 +417,7 @@ def _materialise(module: nn.Module, state: dict[str, Tensor], device: torch.devi
             config.attention_head_dim, config.patch_size, config.rope_max_seq_len
         ).to(device)
     meta = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
-    assert not meta, f"left without a value: {meta}"
-    return module
+    assert not meta, f"left without memory: {meta}"
 
 
 def _kept_fp32(module: nn.Module, name: str) -> bool:

@@ -17,11 +17,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tempolora.config import Config
-from tempolora.model.lora import AdapterLinear, add_lora
+from tempolora.model.lora import add_lora
 from tempolora.model.wan import blank_transformer
 from tempolora.train.engine import build_engine
-from tempolora.train.plan import Plan, changed
+from tempolora.train.plan import HOST_GPUS, Plan, changed
 from tempolora.train.rates import GIB
+from tempolora.train.spread import spread_of
 from tempolora.train.world import World
 
 
@@ -80,14 +81,16 @@ def build_parts(cfg: Config, ranks: Iterable[int], size: int) -> Iterator[Part]:
 
     For a process that is in no process group itself.
     """
-    cfg = changed(cfg, {"train.optimizer": "adamw"})  # which needs nothing installed
+    # Nobody is there to say how many processes a host has.
+    asked = cfg.parallel.shard_over
+    shard_over = {None: size, "node": HOST_GPUS}.get(asked, asked)
+    # adamw needs nothing installed
+    cfg = changed(cfg, {"train.optimizer": "adamw", "parallel.shard_over": shard_over})
     for rank in ranks:
         with pretended_world(rank, size, cfg.parallel.context) as world:
             transformer = blank_transformer(cfg.model, cfg.experts[0])
+            spread_of("fsdp", cfg, world)(transformer)
             add_lora(transformer, cfg.lora, cfg.timebase, cfg.train.seed)
-            for module in transformer.modules():
-                if isinstance(module, AdapterLinear):
-                    module.to_empty(device="cpu")
             build_engine("fsdp", cfg, transformer, world)
             part = _part(rank, transformer)
         yield part

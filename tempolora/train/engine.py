@@ -3,7 +3,7 @@
 Two classes with one face. `TorchEngine` keeps the adapters whole on every process, since they are
 small, and averages their gradients itself; what differs between plain, ddp and fsdp is only
 whether the frozen base is replicated or sharded by FSDP2. `DeepSpeedEngine` hands all of it to
-ZeRO. Neither changes the model's own code.
+ZeRO. Neither changes the model's own code. The base comes sharded already (tempolora/train/spread).
 
     forward through `transformer` -> backward(loss) for each microstep -> step(lr) -> lora_state()
 """
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from tempolora.config import Config, TrainConfig
 from tempolora.launched import needs_whole_model, uses_deepspeed
@@ -50,15 +48,8 @@ def choose_engine(cfg: Config, world: World) -> str:
     return engine
 
 
-def loading_device(kind: str, cfg: Config, world: World) -> torch.device:
-    """Where to read the weights to: what will be sharded has no place on one GPU as a whole."""
-    if kind in ("plain", "ddp") or cfg.model.init == "random":
-        return world.device
-    return torch.device("cpu")
-
-
 def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -> "Engine":
-    """Checkpoint, compile and spread a transformer whose adapters are in place.
+    """Checkpoint and compile a transformer that is spread, with its adapters in place.
 
     Settings left at "auto" mean weights on the device and full checkpointing.
     """
@@ -76,32 +67,19 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
         transformer,
         world.device,
         compiled=compiled,
-        arriving_bytes=_arriving_bytes(kind, transformer, world),
+        arriving_bytes=_arriving_bytes(kind, cfg, transformer),
     )
     if kind == "deepspeed":
         return DeepSpeedEngine(cfg, transformer, world)
-    if kind == "fsdp":
-        _shard(transformer, world)
     return TorchEngine(cfg.train, transformer, world)
 
 
-def _arriving_bytes(kind: str, transformer: nn.Module, world: World) -> int:
-    """What sharding will yet bring to this GPU: its part, and two blocks gathered whole."""
-    if kind in ("plain", "ddp"):
+def _arriving_bytes(kind: str, cfg: Config, transformer: nn.Module) -> int:
+    """What a step will yet bring to this GPU: of a sharded base, two blocks gathered whole."""
+    if kind in ("plain", "ddp") or cfg.parallel.zero_stage == 2:
         return 0
-    away = [p for p in transformer.parameters() if p.device.type != world.device.type]
-    away_bytes = sum(p.nbytes for p in away)
-    return away_bytes // world.size + 2 * away_bytes // len(transformer.blocks)
-
-
-def _shard(transformer: nn.Module, world: World) -> None:
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    adapters = set(lora_parameters(transformer).values())
-    for adapter in adapters:  # FSDP2 moves the rest, block by block
-        adapter.data = adapter.data.to(world.device)
-    for block in transformer.blocks:
-        fully_shard(block, mesh=mesh, ignored_params=adapters)
-    fully_shard(transformer, mesh=mesh, ignored_params=adapters)
+    block = transformer.blocks[0].parameters()
+    return 2 * sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in block)
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -184,14 +162,14 @@ class DeepSpeedEngine:
         # A block is gathered whole: its inner modules then bear no hooks, which would stand in the
         # way of compilation and cost a collective each.
         deepspeed.utils.set_z3_leaf_modules(transformer, [type(transformer.blocks[0])])
-        first = int(next(iter(lora_parameters(transformer))).split(".")[1])
-        transformer.blocks[first].register_forward_pre_hook(_needing_a_gradient)
         optimizer = build_optimizer(cfg.train, list(lora_parameters(transformer).values()))
         self._engine, _, _, _ = deepspeed.initialize(
             model=transformer, optimizer=optimizer, config=deepspeed_config(cfg, world)
         )
         self.transformer, self._context = self._engine, world.context
         self._parameters = lora_parameters(transformer)
+        if hasattr(self._engine.optimizer, "leaf_parameters"):  # stage 3
+            self._reduce_when_accumulated()
         self._begins = True  # the next backward is a step's first
 
     def backward(self, loss: Tensor) -> None:
@@ -231,6 +209,18 @@ class DeepSpeedEngine:
         """Take DeepSpeed's hooks and buffers down, so that memory can be freed."""
         self._engine.destroy()
 
+    def _reduce_when_accumulated(self) -> None:
+        """Reduce an adapter's gradient when it is whole. DeepSpeed reduces those of a block that is
+        gathered whole after each of its backward passes, of which a step may hold several, and of
+        the first block, whose inputs need no gradient, before there are any."""
+        zero = self._engine.optimizer
+        for hook in zero._leaf_module_hooks:
+            hook.remove()
+        zero._leaf_module_hooks.clear()
+        for parameter in self._parameters.values():
+            del parameter.ds_z3_leaf_module
+        zero.create_reduce_and_remove_grad_hooks()
+
     def _inner(self) -> torch.optim.Optimizer:
         return self._engine.optimizer.optimizer
 
@@ -239,14 +229,6 @@ class DeepSpeedEngine:
         if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
             return zero.fp32_partitioned_groups_flat
         return zero.single_partition_of_fp32_groups
-
-
-def _needing_a_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of a block whose inputs need none DeepSpeed reduces the gradients before they are there."""
-    hidden_BLD, *rest = given
-    if torch.is_grad_enabled() and not hidden_BLD.requires_grad:
-        hidden_BLD = hidden_BLD.detach().requires_grad_()
-    return hidden_BLD, *rest
 
 
 Engine = TorchEngine | DeepSpeedEngine

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,14 +19,14 @@ from tempolora.data.loader import batches
 from tempolora.data.readout import load_bank, load_readout
 from tempolora.data.shards import HEARD, ShardReader, describe_sound, load_prompt
 from tempolora.model import lora, wan
-from tempolora.model.memory import free_memory
+from tempolora.model.memory import free_memory, host_peak
 from tempolora.rhythm.bank import Bank
 from tempolora.rhythm.readout import Readout
 from tempolora.train.anchor import Anchor
 from tempolora.train.auto import MemoryAdvice
 from tempolora.train.checkpoint import Checkpoint
 from tempolora.train.context import WHOLE, Context, context_of
-from tempolora.train.engine import Engine, build_engine, choose_engine, loading_device
+from tempolora.train.engine import Engine, build_engine, choose_engine
 from tempolora.train.heartbeat import Heartbeat
 from tempolora.train.metrics import MetricsLog
 from tempolora.train.objective import Objective
@@ -35,6 +36,7 @@ from tempolora.train.saver import Saver
 from tempolora.train.schedule import ema_decay_at, lr_at
 from tempolora.train.skip import Skips
 from tempolora.train.speeds import follow_speed, of_each_group, speed_groups
+from tempolora.train.spread import spread_of
 from tempolora.train.step import Batch, Collate
 from tempolora.train.stop import StopSignal
 from tempolora.train.terms import describe_terms
@@ -72,7 +74,8 @@ def train_expert(
     kind = choose_engine(cfg, world)
     advice = MemoryAdvice(cfg, kind, world)
     with advice:
-        transformer = load_with_adapters(cfg, expert, loading_device(kind, cfg, world), resume)
+        spread = spread_of(kind, cfg, world)
+        transformer = load_with_adapters(cfg, expert, world.device, resume, spread)
         engine = build_engine(kind, cfg, transformer, world)
     ema = _take_up(cfg, engine, world, resume)
     facts = run_facts(cfg, expert, transformer, engine, world)
@@ -187,10 +190,18 @@ def build_objective(
 
 
 def load_with_adapters(
-    cfg: Config, expert: str, device: torch.device, resume: Checkpoint | None
+    cfg: Config,
+    expert: str,
+    device: torch.device,
+    resume: Checkpoint | None,
+    spread: wan.Spread | None = None,
 ) -> nn.Module:
-    """The expert's transformer, frozen, with fresh or resumed adapters in place."""
-    transformer = wan.load_transformer(cfg.model, expert, device)
+    """The expert's transformer, frozen, with fresh or resumed adapters in place. spread: as in
+    `load_transformer`."""
+    begin = time.perf_counter()
+    transformer = wan.load_transformer(cfg.model, expert, device, spread)
+    seconds, host = time.perf_counter() - begin, host_peak() / 2**30
+    log.info("%s: loaded in %.1f s; host memory so far at most %.1f GiB", expert, seconds, host)
     lora.add_lora(transformer, cfg.lora, cfg.timebase, cfg.train.seed)
     if resume:
         lora.load_lora_state(transformer, resume.lora())

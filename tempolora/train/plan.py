@@ -41,6 +41,7 @@ SHARDED = ("fsdp", "deepspeed")
 UNTRIED = {"fsdp": ("none", "selective"), "deepspeed": ("selective",)}
 """What checkpointing auto leaves alone under an engine."""
 AUTO_KEYS = ("model.base", "model.placement", "train.checkpointing")
+HOST_GPUS = 8  # of a host, where that is not known
 FEWEST_FRAMES = 13  # that a spectrum can be had of
 
 
@@ -205,7 +206,8 @@ class _Step:
             return hosted_weights(work, base, 3 if self.by_thirds else 6)
         stage_2 = self.settings.engine == "deepspeed" and self.cfg.parallel.zero_stage == 2
         if self.settings.engine in SHARDED and not stage_2 and self.gpus > 1:
-            return work.weights(base) / self.gpus + 2 * work.block_weights(base)
+            shared_by = sharers_of(self.cfg, self.gpus)
+            return work.weights(base) / shared_by + 2 * work.block_weights(base)
         return work.weights(base)
 
     def _graphs(self) -> float:
@@ -363,6 +365,12 @@ class _Step:
             moved += 2 * self.trained_blocks * self._values(3)
         _, hosted = self._whole_blocks()
         return moved + 2 * hosted * self._block("matmuls")
+
+
+def sharers_of(cfg: Config, gpus: int) -> int:
+    """How many of the GPUs share one copy of a sharded base, where hosts have HOST_GPUS each."""
+    shared = HOST_GPUS if cfg.parallel.shard_over == "node" else cfg.parallel.shard_over
+    return min(shared or gpus, gpus)
 
 
 def hosted_weights(work: Work, base: str, slots: int) -> float:

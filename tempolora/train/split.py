@@ -6,7 +6,7 @@ both experts' steps take as long; where the base is sharded, the size decides wh
 """
 
 from dataclasses import replace
-from math import inf
+from math import inf, lcm
 
 from tempolora.config import Config, ConfigError
 from tempolora.launched import check_engine, uses_deepspeed
@@ -56,7 +56,9 @@ def seconds(cfg: Config, expert: str, gpus: int, card: Card) -> float:
 def _auto(cfg: Config, processes: int, card: Card | None) -> tuple[int, int] | None:
     """Halves; None where taking turns is predicted to end sooner, or where an engine that shares
     would have a group of one. The odd process goes to the low-noise expert: it has more sigmas."""
-    share = cfg.parallel.context  # processes that a group holds a multiple of
+    over = cfg.parallel.shard_over
+    # processes that a group holds a multiple of
+    share = lcm(cfg.parallel.context, over if isinstance(over, int) else 1)
     least = max(share, 2 if cfg.parallel.engine in ("ddp", "fsdp") else 1)
     high = processes // share // 2 * share
     sizes = high, processes - high
