@@ -13,6 +13,7 @@ from tempolora.model.wan import load_transformer, predict_velocity
 from tempolora.train.context import context_of
 from tempolora.train.dry_run import pretended_world
 from tempolora.train.engine import build_engine
+from tempolora.train.spread import spread_of
 from tempolora.train.work import work_of
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +46,13 @@ def count_a_step(kind, *overrides):
         "data.num_frames=9",
         "train.batch_size=1",
         f"parallel.engine={kind}",
+        # nobody is there to say whose host is whose
+        *([f"parallel.shard_over={SIZE}"] if kind == "fsdp" else []),
         *overrides,
     )
     cfg = load_config(ROOT / "configs" / "toy.json", list(settings))
     with pretended_world(1, SIZE, cfg.parallel.context) as world:
-        transformer = load_transformer(cfg.model, "high", "cpu")
+        transformer = load_transformer(cfg.model, "high", "cpu", spread_of(kind, cfg, world))
         add_lora(transformer, cfg.lora, cfg.timebase, 0)
         engine = build_engine(kind, cfg, transformer, world)
         latents = context_of(cfg, world).cut(torch.randn(1, *cfg.latent_shape))
