@@ -167,7 +167,7 @@ def test_gradients_are_those_of_one_process(way, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_no_process_holds_more_than_its_share_and_a_block(engine, found):
     memory = found[f"{engine} memory"]
     assert memory["whole"] > 400e6
