@@ -147,13 +147,17 @@ def _check_partitions(cfg: Config) -> None:
 def _by_elements(transformer: nn.Module, config: dict, world: World) -> Here:
     import deepspeed
 
-    for unit in (*transformer.blocks, transformer):  # so that one block at most is whole
-        for module in unit.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if weight.is_meta:
-                    empty = torch.empty_like(weight, device=world.device)
-                    setattr(module, name, nn.Parameter(empty, requires_grad=False))
-        deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+    # DeepSpeed shares out weights that each process holds whole. Their values are read later, so
+    # that all can lie in the same memory, that of the largest.
+    metas = [weight for weight in transformer.parameters() if weight.is_meta]
+    bytes_ = max((weight.nbytes for weight in metas), default=0)
+    common = torch.empty(bytes_, dtype=torch.uint8, device=world.device)
+    for module in transformer.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                whole = common[: weight.nbytes].view(weight.dtype).view(weight.shape)
+                setattr(module, name, nn.Parameter(whole, requires_grad=False))
+    deepspeed.zero.Init(module=transformer, config_dict_or_path=config)
 
     def here(weight: Tensor) -> tuple[Tensor, int]:
         begin = world.rank * weight.ds_tensor.ds_numel
