@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tempolora.config import Config
+from tempolora.model.quick_parts import SelfAttention
 from tempolora.rhythm.sharded import mean_of_slices
 from tempolora.train.world import World
 
@@ -103,33 +104,20 @@ class _OfThePart:
         return tuple(parts)
 
 
-class SharedAttention:
+class SharedAttention(SelfAttention):
     """Self-attention over the tokens of all processes of a group.
 
-    Takes the place of diffusers' `WanAttnProcessor` and follows it line for line but for the
-    exchange. Not diffusers' own Ulysses: its backward pass computes attention forward once more,
-    and hides it from selective checkpointing.
+    Not diffusers' own Ulysses: its backward pass computes attention forward once more, and hides it
+    from selective checkpointing.
     """
 
     def __init__(self, context: Context) -> None:
         self._size, self._name = context.size, context.group.group_name
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        x_BLD: Tensor,
-        text_BLD: None = None,
-        mask: None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """As diffusers' processors are called."""
-        query = attn.norm_q(attn.to_q(x_BLD)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(x_BLD)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(x_BLD).unflatten(2, (attn.heads, -1))
-        query, key = _rotate(query, *rope), _rotate(key, *rope)
-        out_BNLE = F.scaled_dot_product_attention(*map(self._to_heads, (query, key, value)))
-        out_BLD = self._to_tokens(out_BNLE).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out_BLD))
+    def attend(self, *given_BLNE: Tensor) -> Tensor:
+        """Attention of query, key and value of our tokens to those of all, (B, L, D)."""
+        out_BNLE = F.scaled_dot_product_attention(*map(self._to_heads, given_BLNE))
+        return self._to_tokens(out_BNLE)
 
     def _to_heads(self, x_BLNE: Tensor) -> Tensor:
         """All heads of our tokens -> (B, N / size, L * size, E): our heads of all tokens."""
@@ -168,12 +156,3 @@ def _exchange_back(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 
 _exchange.register_autograd(_exchange_back, setup_context=_keep_group)
-
-
-def _rotate(x_BLNE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x_BLNE.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x_BLNE)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out

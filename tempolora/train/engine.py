@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tempolora.config import Config, TrainConfig
 from tempolora.launched import needs_whole_model, uses_deepspeed
 from tempolora.model.lora import lora_parameters
+from tempolora.model.quick_parts import use_quick_parts
 from tempolora.train.auto import card_here
 from tempolora.train.blocks import prepare_blocks
 from tempolora.train.context import context_of, share_attention
@@ -53,11 +54,13 @@ def build_engine(kind: str, cfg: Config, transformer: nn.Module, world: World) -
 
     Settings left at "auto" mean weights on the device and full checkpointing.
     """
-    if world.context > 1:
-        share_attention(transformer, context_of(cfg, world))
     compiled = cfg.train.compile
     if compiled is None:
         compiled = world.device.type == "cuda"
+    if world.device.type == "cuda":
+        use_quick_parts(transformer, compiled=compiled)
+    if world.context > 1:
+        share_attention(transformer, context_of(cfg, world))
     if needs_whole_model(cfg):
         offload = cfg.train.checkpointing == "offload"
         recompute_blocks(transformer, world.device, offload=offload, compiled=compiled)
