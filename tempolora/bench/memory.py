@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> None:
             if row == "reference" or task != "copy":
                 results[row][task] = run_alone(options, row, task)
                 print(describe(row, task, results), flush=True)
-    if options.json:
-        write_json(options.json, results)
+                if options.json:
+                    write_json(options.json, results)
 
 
 def run_alone(options: argparse.Namespace, row: str, task: str) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def main(arguments: list[str]) -> None:
         found = run_alone(options, engine, count)
         results[f"{engine} {count}"] = found
         print(describe(engine, count, found, results.get("plain 1", {})), flush=True)
-    if options.json:
-        write_json(options.json, results)
+        if options.json:
+            write_json(options.json, results)
 
 
 def settings_of(options: argparse.Namespace) -> list[str]:
@@ -74,9 +74,12 @@ def measure(cfg: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """This process's part of a row; the figures, on the first process."""
     import torch
 
+    from tempolora.train.deterministic import make_deterministic
     from tempolora.train.world import join_world, leave_world
 
     parallel = cfg.parallel
+    if cfg.train.deterministic:
+        make_deterministic()
     world = join_world(options.engine == "deepspeed", parallel.gpu_memory_gib, parallel.context)
     found = training_steps(cfg, options.engine, world, options.steps)
     peaks = torch.tensor([[found["reserved_gib"], found["allocated_gib"]]], device=world.device)

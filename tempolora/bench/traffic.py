@@ -31,19 +31,18 @@ PERSISTENT = 100_000
 CLIPS, TEXT_TOKENS = 10_000, 128  # of an assumed data set
 SHORT = 6400
 """Samples of the run that is spread: the default 800 steps on eight GPUs."""
-LONG_ALONE_S, LONG_SHARED_S, KEPT_EXCHANGES = 20.656, 10.654, 8
-"""121x480x832 on one H200, and shared by two when compiled blocks still kept what they exchanged:
-four tensors forward and four backward for each block."""
+LONG_ALONE_S, LONG_SHARED_S = 20.656, 10.927  # 121x480x832 on one H200, and shared by two
 FIRST_STEP_S = 42.0  # the longest of those measured: compilation
-FSDP_SHARE = 9.194 / 9.368
+FSDP_SHARE = 9.290 / 9.473
 
-MEASURED = (  # engine, GPUs, clip, seconds, GiB reserved, allocated where it was noted
-    ("plain", 1, "49x576x1024", 9.194, 45.6, None),
-    ("ddp", 2, "49x576x1024", 9.189, 45.6, None),
-    ("fsdp", 2, "49x576x1024", 9.368, 47.6, 33.0),
-    ("deepspeed, ZeRO-3", 2, "49x576x1024", 10.005, 47.3, 35.1),
-    ("plain", 1, "121x480x832", LONG_ALONE_S, 57.1, None),
-    ("ddp, `parallel.context` 2", 2, "121x480x832", LONG_SHARED_S, 83.7, None),
+MEASURED = (  # machine, engine, GPUs, clip, seconds, one GPU's seconds, GiB reserved, allocated
+    ("A", "plain", 1, "49x576x1024", 9.194, None, 45.6, 44.6),
+    ("A", "ddp", 2, "49x576x1024", 9.189, 9.194, 45.6, 44.6),
+    ("B", "plain", 1, "49x576x1024", 9.290, None, 46.2, 44.6),
+    ("B", "fsdp", 2, "49x576x1024", 9.473, 9.290, 36.2, 33.3),
+    ("B", "deepspeed, ZeRO-3", 2, "49x576x1024", 9.737, 9.290, 49.2, 35.4),
+    ("A", "plain", 1, "121x480x832", LONG_ALONE_S, None, 57.1, 55.9),
+    ("B", "ddp, `parallel.context` 2", 2, "121x480x832", LONG_SHARED_S, LONG_ALONE_S, 42.7, 41.2),
 )
 
 
@@ -143,11 +142,11 @@ def partitioned(work: Work, ranks: int) -> float:
     return (ranks - 1) / ranks * whole + averaged(work, ranks)
 
 
-def exchanged(work: Work, context: int, times: int = 12) -> float:
-    """Bytes to each process for self-attention over shared clips. times: a block's exchanges: q, k,
-    v and the output, forward, again where recomputed, and backward."""
+def exchanged(work: Work, context: int) -> float:
+    """Bytes to each process for self-attention over shared clips: in each block q, k, v and the
+    output, forward, again where recomputed, and backward."""
     tensor = BF16 * work.batch * work.tokens * work.width / context
-    return work.blocks * times * tensor * (context - 1) / context
+    return work.blocks * 12 * tensor * (context - 1) / context
 
 
 # --- Rates ----------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def exchanged(work: Work, context: int, times: int = 12) -> float:
 def rates() -> dict[str, Rate]:
     """What seconds are made of."""
     lost = LONG_SHARED_S - LONG_ALONE_S / 2
-    link = exchanged(LONG.work, 2, KEPT_EXCHANGES) / lost
+    link = exchanged(LONG.work, 2) / lost
     return {
         "NVLink": Rate(
             link / 1e9,
@@ -233,13 +232,21 @@ Rows = Iterator[list[str]]
 
 
 def measured() -> Rows:
-    yield ["engine", "GPUs", "clip", "s/step", "of one GPU's speed", "GiB reserved", "allocated"]
-    alone = {clip: s for engine, _, clip, s, *_ in MEASURED if engine == "plain"}
-    for engine, gpus, clip, seconds, reserved, allocated in MEASURED:
-        share = alone[clip] / seconds / (2 if "context" in engine else 1)
-        said = "" if gpus == 1 else f"{share:.1%}"
-        held = "" if allocated is None else f"{allocated}"
-        yield [engine, f"{gpus}", clip, f"{seconds:.3f}", said, f"{reserved}", held]
+    yield [
+        "machine",
+        "engine",
+        "GPUs",
+        "clip",
+        "s/step",
+        "of one GPU's speed",
+        "GiB reserved",
+        "allocated",
+    ]
+    for machine, engine, gpus, clip, seconds, alone, reserved, allocated in MEASURED:
+        sharing = 2 if "context" in engine else 1
+        said = f"{alone / seconds / sharing:.1%}" if alone else ""
+        row = [machine, engine, gpus, clip, f"{seconds:.3f}", said, reserved, allocated]
+        yield [str(cell) for cell in row]
 
 
 def stated() -> Rows:
