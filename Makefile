@@ -71,10 +71,11 @@ demo: $(VENV)/.installed
 	@$(RUN) tempolora demo
 
 # Two processes, each with whole files: a file's tests share what is slow to import and to make.
+# They are taken in the order of tests/conftest.py, not by their number of tests.
 # A run killed while it loads a compiled op leaves a lock file on which the next would wait for ever.
 test: lint $(VENV)/.ops
 	@find $(OPS) -name lock -delete
-	@$(RUN) python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: $(VENV)/.ops
 	@find $(OPS) -name lock -delete

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tempolora import ConfigError
 from tempolora.timebase import TimeBase
 from tempolora.variants import PATCH, TEMPORAL_STRIDE, VARIANTS, Variant
 
@@ -21,10 +22,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Hz = Annotated[float, Field(gt=0)]
 Speed = Annotated[float, Field(ge=0.25, le=4)]
-
-
-class ConfigError(Exception):
-    """A user's mistake: one sentence that says what is wrong, where, and what to do."""
 
 
 class _Section(BaseModel):

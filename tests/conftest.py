@@ -1,11 +1,13 @@
 """What the tests share: one cache folder and one TinyWan per variant for the whole session."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU, Triton's interpreter runs the kernels' own code. Triton looks when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: where workers take whole files, none is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: each later collection of garbage passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +47,14 @@ def tinywan(tempolora_cache: Path) -> Callable[[str], Path]:
     from tempolora.model.tinywan import tinywan_folder  # imports diffusers: only where it is used
 
     return tinywan_folder
+
+
+@pytest.fixture(scope="session")
+def ranks(tempolora_cache: Path) -> Iterator[Ranks]:
+    """Where processes of a run are forked."""
+    made = Ranks()
+    yield made
+    made.close()
 
 
 def held_by_git() -> list[str]:

@@ -97,17 +97,20 @@ def test_a_compiled_block_keeps_the_bytes_that_were_counted(without_inductor):
 
 
 @pytest.mark.slow
-def test_blocks_that_keep_their_outputs_on_the_host_have_the_same_gradients(
+def test_blocks_of_one_level_share_a_compilation_and_those_on_the_host_have_its_gradients(
     without_inductor, monkeypatch
 ):
+    """The first block is alone in having an input without gradient."""
     monkeypatch.setattr(hosted, "SMALLEST", 1)
     taken = []
     take = KeptInput.take
     monkeypatch.setattr(KeptInput, "take", lambda kept: taken.append(take(kept)) or taken[-1])
-    sets = ("train.compile=true", SELECTIVE, "train.kept_blocks=1")
-    kept, _ = one_step(*sets, num_blocks=5)
+    sets = (*LEVELS["mixed"], "train.compile=true")
+    kept, _ = one_step(*sets)
+    assert counters["stats"]["unique_graphs"] == 3  # first; attention; matmuls
+    assert not counters["graph_break"]
     assert not taken
-    ours, _ = one_step(*sets, "train.host_blocks=2", num_blocks=5)
+    ours, _ = one_step(*sets, "train.host_blocks=2")
     assert all(torch.equal(ours[name], kept[name]) for name in kept)
     assert len(taken) >= 2 * 8  # eight outputs of products and attention in each of two blocks
 
@@ -121,14 +124,6 @@ def test_host_blocks_are_spread_among_those_that_are_not_kept():
     levels = blocks._spread(12, 4)
     assert [n for n, level in enumerate(levels) if level == "hosted"] == [2, 5, 8, 11]
     assert blocks._spread(5, 0) == ["attention"] * 5
-
-
-@pytest.mark.slow
-def test_blocks_of_one_level_share_a_compilation(without_inductor):
-    """The first block is alone in having an input without gradient."""
-    one_step(*LEVELS["mixed"], "train.compile=true")
-    assert counters["stats"]["unique_graphs"] == 3  # first; attention; matmuls
-    assert not counters["graph_break"]
 
 
 def test_blocks_below_the_first_adapter_are_left_alone():

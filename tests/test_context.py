@@ -8,17 +8,14 @@ order of sums differs: 1e-5 of a gradient's norm.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import SMALL, overrides
 
 from tempolora.config import ConfigError, load_config
@@ -196,14 +193,17 @@ def in_a_process_of_its_own(command, **variables):
 
 
 @pytest.fixture(scope="module")
-def launched(toy_shards, tmp_path_factory):
+def launched(ranks, toy_shards, tmp_path_factory):
     """What four processes found, and a run of one to compare theirs with."""
     from tempolora.cli import main
 
     out = tmp_path_factory.mktemp("context")
     sets = settings(toy_shards, out / "plain", "train.gradient_accumulation=2")
     assert main(["train", *sets]) == 0
-    in_a_process_of_its_own([sys.executable, __file__, toy_shards, out])
+    ranks.call("test_context:compare_steps", PROCESSES, [out], out / "log")
+    more = ("parallel.engine=fsdp", "parallel.context=2")
+    shared = ["train", *settings(toy_shards, out / "shared", *more)]
+    assert ranks.run(PROCESSES, shared, out / "log") == [0] * PROCESSES, (out / "log").read_text()
     return out
 
 
@@ -372,11 +372,12 @@ def largest_errors(found, expected):
     }
 
 
-def compare_steps():
-    """{case: {engine and context: {value: largest relative error on any process}}}."""
+def compare_steps(rank, out):
+    """In found.json {case: {engine and context: {value: largest error on any process}}}."""
     from tempolora.train.world import World
 
-    rank, found = dist.get_rank(), {}
+    dist.init_process_group("gloo")
+    found = {}
     groups = {size: dist.new_subgroups(group_size=size)[0] for size in (2, 4)}
     for case, ways in WAYS.items():
         found[case], expected = {}, {}
@@ -395,42 +396,7 @@ def compare_steps():
                 found[case][f"{engine} {context}"] = {
                     name: max(each[name] for each in errors) for name in errors[0]
                 }
-    return found
-
-
-def process(rank, ports, shards, out):
-    """Compare steps, then train as launch/train.py does."""
-    from tempolora.cli import main
-    from tempolora.train import engine
-
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_PORT": ports[0]}
-    os.environ.update({name: str(value) for name, value in places.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    dist.init_process_group("gloo")
-    build_optimizer = engine.build_optimizer
-    found = compare_steps()
-    engine.build_optimizer = build_optimizer
+    if rank == 0:
+        Path(out, "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
-        (out / "found.json").write_text(json.dumps(found))
-    os.environ["MASTER_PORT"] = ports[1]
-    more = ("parallel.engine=fsdp", "parallel.context=2")
-    assert main(["train", *settings(shards, out / "shared", *more)]) == 0
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        held = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [str(each.getsockname()[1]) for each in held]
-
-
-if __name__ == "__main__":
-    # Imported once, for all: forked processes have what takes each of them ten seconds.
-    import tempolora.model.wan
-    import tempolora.run  # noqa: F401
-
-    given = (free_ports(2), Path(sys.argv[1]), Path(sys.argv[2]))
-    mp.start_processes(process, given, PROCESSES, start_method="fork")

@@ -29,6 +29,7 @@ from tempolora.train.objective import Objective
 from tempolora.train.world import World
 
 ROOT = Path(__file__).parents[1]
+TOY = ["--config", str(ROOT / "configs" / "toy.json")]
 LORA = "wan22_temporal_lora_high_noise.safetensors"
 LAUNCHERS = {
     "ddp": ["torchrun", "--standalone", "--nproc_per_node", "2"],
@@ -48,7 +49,7 @@ def launch(engine: str, shards: Path, out: Path, *more: str) -> None:
     """Run launch/train.py under the engine's own launcher, as a user would."""
     launcher = LAUNCHERS[engine]
     command = [str(Path(sys.executable).with_name(launcher[0])), *launcher[1:]]
-    script = [str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "toy.json")]
+    script = [str(ROOT / "launch" / "train.py"), *TOY]
     engine_set = overrides(f"parallel.engine={engine}") if engine != "deepspeed" else []
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(
@@ -83,8 +84,9 @@ def reference(toy_shards, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", LAUNCHERS)
 def test_two_processes_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
-    engine, reference, toy_shards, tmp_path
+    engine, reference, ranks, toy_shards, tmp_path
 ):
+    """The first run by the engine's launcher; for the second its processes are forked."""
     out = tmp_path / "out"
     launch(engine, toy_shards, out)
     for value in ("loss", "spectral", "tv", "held_out"):
@@ -101,7 +103,9 @@ def test_two_processes_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
     shutil.rmtree(stopped / "checkpoints" / "high" / "step-000004")
     (stopped / LORA).unlink()
     (stopped / "metrics.jsonl").unlink()
-    launch(engine, toy_shards, stopped)
+    sets = [*settings(toy_shards, stopped), *overrides(f"parallel.engine={engine}")]
+    log = tmp_path / "log"
+    assert ranks.run(2, ["train", *TOY, *sets], log) == [0, 0], log.read_text()
     assert losses(stopped) == losses(out)[2:]
     resumed = load_file(stopped / LORA)
     assert all(torch.equal(resumed[name], ours[name]) for name in ours)

@@ -207,11 +207,9 @@ def test_deepspeed_and_old_gpus_are_refused(monkeypatch):
     fp8.check_device(torch.device("cuda"))
 
 
-def sharded_gradients(rank, file, out):
-    """One process of two; rank 0 writes the averaged LoRA gradients."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
+def sharded_gradients(rank, out):
+    """One process of two; each writes the averaged LoRA gradients."""
+    torch.distributed.init_process_group("gloo")
     save_file(gradients("fsdp", World(rank, 2, CPU)), f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
@@ -230,11 +228,9 @@ def gradients(kind, world):
 
 
 @pytest.mark.slow
-def test_sharded_8_bit_weights_give_the_same_gradients(model, tmp_path):
+def test_sharded_8_bit_weights_give_the_same_gradients(model, ranks, tmp_path):
     wan.load_transformer(model, "high", CPU)  # TinyWan is in the cache
-    torch.multiprocessing.spawn(
-        sharded_gradients, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2
-    )
+    ranks.call("test_fp8:sharded_gradients", 2, [tmp_path / "out"], tmp_path / "log")
     whole = gradients("plain", World(0, 1, CPU))
     for rank in range(2):
         ours = load_file(f"{tmp_path / 'out'}.{rank}")

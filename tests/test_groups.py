@@ -1,7 +1,7 @@
 """Both experts at once: each group trains as if it were alone, and what ends one ends the other.
 
 The reference is one plain process that trains one expert after the other. Processes are real ones:
-under torchrun and deepspeed, and started by hand where a launcher must not help, as on two hosts.
+under torchrun and deepspeed, and started without where a launcher must not help, as on two hosts.
 """
 
 import json
@@ -30,7 +30,8 @@ from tempolora.train.rates import GIB
 from tempolora.train.split import shares
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = [str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "toy.json")]
+TOY = ["--config", str(ROOT / "configs" / "toy.json")]
+SCRIPT = [str(ROOT / "launch" / "train.py"), *TOY]
 ONE_EACH = ["torchrun", "--standalone", "--nproc_per_node", "2"]
 MANY = ("train.max_steps=400", "train.checkpoint_every=400", "data.held_out=0")
 """More steps than a test waits for."""
@@ -104,8 +105,9 @@ def in_turn(toy_shards, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_signal_to_one_group_stops_both_and_the_resumed_run_equals_the_uninterrupted_one(
-    in_turn, toy_shards, tmp_path
+    in_turn, ranks, toy_shards, tmp_path
 ):
+    """The first by torchrun, which meets the groups at a store of its own; the second forked."""
     out = tmp_path / "out"
     run = start(ONE_EACH, settings(toy_shards, out, *MANY))
     await_steps(out, run)
@@ -125,9 +127,9 @@ def test_a_signal_to_one_group_stops_both_and_the_resumed_run_equals_the_uninter
     (resumed / "metrics.jsonl").unlink()
     for expert in ("high", "low"):
         shutil.rmtree(resumed / "checkpoints" / expert / "step-000004")
-    run = start(ONE_EACH, settings(toy_shards, resumed))
-    said = finish(run)
-    assert run.returncode == 0, said
+    log = tmp_path / "log"
+    sets = settings(toy_shards, resumed)
+    assert ranks.run(2, ["train", *TOY, *sets], log) == [0, 0], log.read_text()
     whole = losses(in_turn)
     assert losses(resumed) == {key: whole[key] for key in whole if key[1] > 2}
     assert [path.name for path in resumed.glob("metrics*")] == ["metrics.jsonl"]
@@ -162,13 +164,13 @@ def start_by_hand(shards: Path, out: Path, *more: str) -> list[subprocess.Popen]
 
 
 @pytest.mark.slow
-def test_a_failure_in_one_group_stops_the_other_where_no_launcher_does(toy_shards, tmp_path):
-    out = tmp_path / "out"
-    runs = start_by_hand(
-        toy_shards, out, 'rhythm.spec_weight={"high": 1e39, "low": 0.5}', "train.log_every=1"
-    )
-    high, low = (finish(run, within=120) for run in runs)
-    assert [run.returncode for run in runs] == [1, 1], high + low
+def test_a_failure_in_one_group_stops_the_other_where_no_launcher_does(ranks, toy_shards, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    more = ('rhythm.spec_weight={"high": 1e39, "low": 0.5}', "train.log_every=1")
+    sets = settings(toy_shards, out, *MANY, *more)
+    codes = ranks.run(2, ["train", *TOY, *sets], log, apart=True)
+    high, low = (Path(f"{log}.{rank}").read_text() for rank in range(2))
+    assert codes == [1, 1], high + low
     assert "norm is" in high
     assert "the run failed: high failed in process 0" in low
     last = max(step for name, step in losses(out) if name == "low")

@@ -6,16 +6,12 @@ loaded whole by one process, and its plain engine.
 """
 
 import json
-import os
-import socket
-import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tempolora.config import ConfigError, load_config
 from tempolora.launched import check_engine
@@ -125,25 +121,15 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(ranks, tmp_path_factory):
     """What the four processes found."""
-    import subprocess
-
     from tempolora.bench.load import draw_transformer
     from tempolora.model.architectures import TRANSFORMER
 
     out = tmp_path_factory.mktemp("spread")
     draw_transformer(out / "uneven" / "transformer", TRANSFORMER["t2v_a14b"] | UNEVEN, 10**6)
     draw_transformer(out / "large" / "transformer", TRANSFORMER["t2v_a14b"] | LARGE, 10**8)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    run = subprocess.run(
-        [sys.executable, __file__, str(out)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    ranks.call("test_hybrid:process", PROCESSES, [out], out / "log")
     return json.loads((out / "found.json").read_text())
 
 
@@ -232,14 +218,14 @@ def differing(a, b):
     return [name for name, equal in same.items() if not equal]
 
 
-def take_steps(cfg, kind, world, draws, transformer):
-    """The averaged gradients of the first of two steps."""
+def take_steps(cfg, kind, world, draws, transformer, steps=2):
+    """The averaged gradients of the first step."""
     from tempolora.model.lora import lora_parameters
     from tempolora.model.wan import predict_velocity
     from tempolora.train.engine import build_engine
 
     engine = build_engine(kind, cfg, transformer, world)
-    for step in range(2):
+    for step in range(steps):
         for draw in draws:
             random = torch.Generator().manual_seed(10 * step + draw)
             x = torch.randn(1, *cfg.latent_shape, generator=random)
@@ -267,8 +253,20 @@ def averages(engine, parameters):
     return {n: safe_get_full_optimizer_state(p, "exp_avg").clone() for n, p in parameters.items()}
 
 
+@cache
+def alone(out, plain):
+    """(weights, averaged gradients) of one process that takes all draws; none in 8 bits."""
+    keys = (*plain, "train.max_grad_norm=1e9", "parallel.engine=plain")
+    cfg = config(out, (*keys, f"train.gradient_accumulation={PROCESSES}"))
+    transformer, weights = with_adapters(cfg, None)
+    if "model.base=fp8" in plain:
+        return weights, {}
+    one = World(0, 1, CPU)
+    return weights, take_steps(cfg, "plain", one, range(PROCESSES), transformer, steps=1)[0]
+
+
 def compare(out, world):
-    """{way: what differs from one process}."""
+    """{way: what differs from one process}, which the first of the four is beside."""
     found = {}
     for way, keys in WAYS.items():
         kind = way.split()[0].strip(",")
@@ -277,24 +275,19 @@ def compare(out, world):
         moments, engine = take_steps(cfg, kind, world, [world.rank], transformer)
         trained = whole_state(transformer)
         engine.close()
-        plain = [key for key in keys if key.startswith("model.")]
-        alone = config(out, (*plain, "train.max_grad_norm=1e9", "parallel.engine=plain"))
-        alone = alone.model_copy(
-            update={"train": alone.train.model_copy(update={"gradient_accumulation": PROCESSES})}
-        )
-        reference, expected = with_adapters(alone, None)
-        result = {"weights": len(expected), "loaded": differing(loaded, expected)}
-        eighths = [w for w in loaded.values() if w.dtype == torch.float8_e4m3fn]
-        result["rounded"] = len(eighths)
-        result["trained"] = differing(trained, expected)
-        if "fp8" not in way:
-            one = World(0, 1, CPU)
-            theirs, _ = take_steps(alone, "plain", one, range(PROCESSES), reference)
-            result["gradients"] = {
+        if not world.is_main:
+            continue
+        expected, theirs = alone(out, tuple(key for key in keys if key.startswith("model.")))
+        found[way] = {
+            "weights": len(expected),
+            "loaded": differing(loaded, expected),
+            "trained": differing(trained, expected),
+            "rounded": sum(w.dtype == torch.float8_e4m3fn for w in loaded.values()),
+            "gradients": {
                 name: ((moments[name] - value).norm() / value.norm()).item()
                 for name, value in theirs.items()
-            }
-        found[way] = result
+            },
+        }
     return found
 
 
@@ -313,16 +306,13 @@ def memory(out, kind, world):
     return {"whole": sum(sizes), "largest": max(sizes), "peaks": peaks}
 
 
-def process(rank, port, out):
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+def process(rank, out):
     import deepspeed
 
     from tempolora.model import wan
 
     # drawn weights have published widths; not here
-    drawn = wan.new_transformer
+    out, drawn = Path(out), wan.new_transformer
     small = json.loads((out / "uneven" / "transformer" / "config.json").read_text())
     wan.new_transformer = lambda given: drawn(given if given["num_layers"] < 30 else small)
     deepspeed.init_distributed(dist_backend="gloo")
@@ -333,16 +323,3 @@ def process(rank, port, out):
         (out / "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Imported once, for all: forked processes have what takes each of them ten seconds.
-    import deepspeed  # noqa: F401
-
-    import tempolora.bench.load
-    import tempolora.model.wan
-    import tempolora.run  # noqa: F401
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    mp.start_processes(process, (port, Path(sys.argv[1])), PROCESSES, start_method="fork")

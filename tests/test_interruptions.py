@@ -11,8 +11,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, overrides
-from ranks import Ranks
 from safetensors.torch import load_file
 
 from tempolora.train.checkpoint import latest
@@ -33,22 +30,6 @@ ENGINES = ("ddp", "fsdp", "deepspeed")
 # Rank and bytes: below the size of the largest file it writes into a checkpoint, 210 kB of
 # optimizer on the first process, or half of that on each; above what else it writes.
 FULL = {"ddp": (0, 190_000), "fsdp": (0, 190_000), "deepspeed": (1, 24_000)}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """Where runs are forked, for engines without and with DeepSpeed."""
-    made = {}
-
-    def of(engine: str) -> Ranks:
-        deepspeed = engine == "deepspeed"
-        if deepspeed not in made:
-            made[deepspeed] = Ranks(deepspeed)
-        return made[deepspeed]
-
-    yield of
-    for each in made.values():
-        each.close()
 
 
 def arguments(engine: str, shards: Path, out: Path, *more: str) -> list[str]:
@@ -169,7 +150,7 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_interrupted_runs_go_on_to_the_same_lora_a_sample(engine, ranks, toy_shards, tmp_path):
     kinds = {"fsdp": ["SIGUSR1", "SIGKILL"], "deepspeed": ["disk full"]}[engine]
-    seen = chain(ranks(engine), engine, toy_shards, tmp_path, kinds, seed=0)
+    seen = chain(ranks, engine, toy_shards, tmp_path, kinds, seed=0)
     assert sum(count for name, count in seen.items() if "," in name) == len(kinds)
 
 
@@ -180,7 +161,7 @@ def test_thirty_interruptions_lose_nothing(engine, ranks, toy_shards, tmp_path, 
     kinds = [KINDS[number % len(KINDS)] for number in range(count)]
     random.Random(1).shuffle(kinds)
     began = time.monotonic()
-    seen = chain(ranks(engine), engine, toy_shards, tmp_path, kinds, seed=1)
+    seen = chain(ranks, engine, toy_shards, tmp_path, kinds, seed=1)
     with capsys.disabled():
         print(f"\n{engine}: {count} interruptions in {time.monotonic() - began:.0f} s")
         for name, number in sorted(seen.items()):
@@ -201,13 +182,13 @@ def test_on_another_number_of_processes_both_experts_meet_the_same_samples_and_l
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     both = "model.expert=both"
     sets = arguments("ddp", toy_shards, whole, both)
-    assert ranks("ddp").run(2, sets, log) == [0, 0], log.read_text()
+    assert ranks.run(2, sets, log) == [0, 0], log.read_text()
     shutil.copytree(whole, out)
     (out / "metrics.jsonl").unlink()
     for expert in ("high", "low"):
         shutil.rmtree(out / "checkpoints" / expert / "step-000004")
     sets = arguments("plain", toy_shards, out, both, "train.gradient_accumulation=2")
-    assert ranks("plain").run(1, sets, log) == [0], log.read_text()
+    assert ranks.run(1, sets, log) == [0], log.read_text()
     after = [line for line in lines(whole) if line["step"] > 2]
     assert [(line["expert"], line["step"]) for line in lines(out)] == [
         (line["expert"], line["step"]) for line in after
@@ -233,7 +214,7 @@ def test_a_loss_that_is_not_finite_costs_its_step_alone_on_all_processes(
     size = 1 if engine == "plain" else 2
     more = ("train.checkpoint_every=1", "train.max_steps=6", "train.max_skipped=2")
     sets = arguments(engine, toy_shards, out, *more, "train.ema_decay=0.5")
-    codes = ranks(engine).run(size, sets, log, spoilt=(size - 1, [1, 3, 4]))
+    codes = ranks.run(size, sets, log, spoilt=(size - 1, [1, 3, 4]))
     said = log.read_text()
     assert codes == [1] * size, said
     assert "step 2: the gradient's norm is" in said
@@ -260,37 +241,31 @@ def test_a_loss_that_is_not_finite_costs_its_step_alone_on_all_processes(
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_one_that_hangs_is_named(toy_shards, tmp_path):
-    """Under the real torchrun: process 1 is stopped; process 0 says so and ends by itself."""
-    out = tmp_path / "out"
+def test_of_two_processes_the_one_that_hangs_is_named(ranks, toy_shards, tmp_path):
+    """Process 1 is stopped; process 0 says so and ends by itself."""
+    out, log = tmp_path / "out", tmp_path / "log"
     sets = arguments(
         "ddp", toy_shards, out, "train.max_steps=100000", "parallel.timeout_minutes=0.2"
     )
-    run = subprocess.Popen(
-        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-        + [str(ROOT / "launch" / "train.py"), *sets[1:]],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    first, hung = ranks.start(2, sets, log, apart=True)
+    told = Path(f"{log}.0")  # by process 0
     try:
         deadline = time.monotonic() + 240
         while len(lines(out)) < 3:
-            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+            assert alive(first) and time.monotonic() < deadline, told.read_text()
             time.sleep(0.05)
-        hung = next(pid for pid in children(run.pid) if rank_of(pid) == "1")
         os.kill(hung, signal.SIGSTOP)
         began = time.monotonic()
-        first = next(pid for pid in children(run.pid) if rank_of(pid) == "0")
-        while Path(f"/proc/{first}").exists() and state_of(first) != "Z":
+        while alive(first):
             assert time.monotonic() < began + 60, "process 0 waits for ever"
             time.sleep(0.1)
-        os.kill(hung, signal.SIGKILL)
-        said, _ = run.communicate(timeout=60)
     finally:
-        run.kill()
-    assert run.returncode == 1
+        for pid in (first, hung):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        codes = ranks.wait()
+    assert codes == [1, -signal.SIGKILL]
+    said = told.read_text()
     assert re.search(
         r"tempolora: stopped: process 0 has waited \d+ s at step \d+, .*: process 1 \(host .*\) is "
         r"stopped or gone: silent since step \d+, (reading|forward|averaging|measuring|saving)",
@@ -298,20 +273,8 @@ def test_of_two_processes_the_one_that_hangs_is_named(toy_shards, tmp_path):
     ), said
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def rank_of(pid: int) -> str:
-    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(entry.partition("=")[::2] for entry in entries).get("RANK", "")
-
-
-def state_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return "Z"
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def test_who_is_behind_is_told_from_who_waits():

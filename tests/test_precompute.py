@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from functools import partial
 
 import av
 import numpy as np
@@ -68,15 +69,30 @@ def data(toy_data, tmp_path):
     return shutil.copytree(toy_data, tmp_path / "clips")
 
 
+def by_twos(data, shards, *more):
+    """A config with two samples a shard."""
+    paths = (f"data.source={data}", f"data.shards={shards}")
+    return load_config(default_config(), [*SMALL, "data.samples_per_shard=2", *paths, *more])
+
+
 @pytest.fixture
 def config(data, tmp_path, toy_shards):
     """A config over `data`; toy_shards has left the readout of TinyWan's VAE in the cache."""
+    return partial(by_twos, data, tmp_path / "shards")
 
-    def make(*more):
-        paths = (f"data.source={data}", f"data.shards={tmp_path / 'shards'}")
-        return load_config(default_config(), [*SMALL, "data.samples_per_shard=2", *paths, *more])
 
-    return make
+@pytest.fixture(scope="module")
+def once(toy_data, toy_shards, tmp_path_factory):
+    """Shards that one run has made of the drawn clips."""
+    folder = tmp_path_factory.mktemp("once") / "shards"
+    assert run(by_twos(toy_data, folder)) == (True, 6)
+    return folder
+
+
+@pytest.fixture
+def finished(once, config, tmp_path):
+    """A copy of them where `config` has its own, which a test may change."""
+    return shutil.copytree(once, tmp_path / "shards")
 
 
 def run(cfg, rank=0, world=1, die_after=None):
@@ -175,10 +191,9 @@ def test_the_prompts_that_training_needs_are_embedded(toy_shards):
         load_prompt(toy_shards, "a cat")
 
 
-def test_prompts_added_later_are_embedded_without_touching_the_samples(config, tmp_path):
-    assert run(config()) == (True, 6)
+def test_prompts_added_later_are_embedded_without_touching_the_samples(config, finished):
     assert run(config('output.prompts=["a cat"]')) == (True, 0)
-    assert load_prompt(tmp_path / "shards", "a cat").shape[0] >= 1
+    assert load_prompt(finished, "a cat").shape[0] >= 1
 
 
 def test_two_processes_make_what_one_makes_and_the_last_writes_the_manifest(
@@ -206,34 +221,34 @@ def test_a_run_that_was_cut_short_goes_on_where_it_was(config, tmp_path):
     assert not list(folder.glob(".*")), "scratch files are left behind"
 
 
-def test_a_second_run_does_nothing(config, tmp_path):
-    assert run(config()) == (True, 6)
+def test_a_run_says_its_pace_and_a_second_does_nothing(config, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="tempolora"):
+        assert run(config()) == (True, 6)
+    said = re.search(r"6 clips, ([\d.]+) clips/s; the VAE was busy (\d+)% of the time", caplog.text)
+    assert float(said[1]) > 0 and 0 < int(said[2]) <= 100
     before = (tmp_path / "shards" / BANK).stat().st_mtime_ns
     assert run(config()) == (True, 0)
     assert (tmp_path / "shards" / BANK).stat().st_mtime_ns == before
 
 
-def test_a_changed_caption_is_made_again_with_its_shard_and_no_other(config, data, tmp_path):
-    run(config())
+def test_a_changed_caption_is_made_again_with_its_shard_and_no_other(config, data, finished):
     listing = data / "prompts.txt"
     lines = listing.read_text().splitlines()
     lines[5] = lines[5].split("|")[0] + "|a new caption"
     listing.write_text("\n".join(lines))
     assert run(config()) == (True, 2)
-    assert "a new caption" in {s.meta["caption"] for s in samples(tmp_path / "shards").values()}
+    assert "a new caption" in {s.meta["caption"] for s in samples(finished).values()}
 
 
-def test_a_clip_that_leaves_the_list_leaves_the_shards(config, data, tmp_path):
-    run(config())
+def test_a_clip_that_leaves_the_list_leaves_the_shards(config, data, finished):
     listing = data / "prompts.txt"
     listing.write_text("\n".join(listing.read_text().splitlines()[1:]))
     assert run(config()) == (True, 1)
-    assert len(samples(tmp_path / "shards")) == 5
-    assert len(load_bank(tmp_path / "shards")[1]) == 5
+    assert len(samples(finished)) == 5
+    assert len(load_bank(finished)[1]) == 5
 
 
-def test_a_copied_data_set_with_new_times_is_not_made_again(config, data):
-    run(config())
+def test_a_copied_data_set_with_new_times_is_not_made_again(config, data, finished):
     for path in data.glob("*.mp4"):
         path.touch()
     assert run(config()) == (True, 0)
@@ -272,16 +287,15 @@ def test_what_a_killed_run_left_is_cleared_away(config, tmp_path):
     assert not left.exists()
 
 
-def test_damaged_prompts_are_noticed(config, tmp_path):
-    run(config())
-    path = tmp_path / "shards" / PROMPTS
+def test_damaged_prompts_are_noticed(config, finished):
+    path = finished / PROMPTS
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="not what was written"):
-        verify_shards(tmp_path / "shards")
+        verify_shards(finished)
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_prompt(tmp_path / "shards", "")
+        load_prompt(finished, "")
     assert run(config()) == (True, 0)
-    assert verify_shards(tmp_path / "shards") == 6
+    assert verify_shards(finished) == 6
 
 
 def test_image_to_video_stores_its_condition(config, tmp_path):
@@ -291,8 +305,7 @@ def test_image_to_video_stores_its_condition(config, tmp_path):
     assert sample.latents["condition"].shape == cfg.latent_shape
 
 
-def test_a_folder_of_another_config_is_refused_before_anything_is_encoded(config):
-    run(config())
+def test_a_folder_of_another_config_is_refused_before_anything_is_encoded(config, finished):
     with pytest.raises(ConfigError, match=r"data\.width: the shards in .* made with 64"):
         run(config("data.width=48"))
 
@@ -452,13 +465,6 @@ def test_captions_are_encoded_by_length_and_no_caption_changes_another(tinywan):
         length = int(tokens.attention_mask.sum())
         assert found[prompt].shape == (length, 32)
         assert torch.allclose(found[prompt], text_LD[:length], atol=1e-5, rtol=0)
-
-
-def test_the_pace_is_said(config, caplog):
-    with caplog.at_level(logging.INFO, logger="tempolora"):
-        run(config())
-    said = re.search(r"6 clips, ([\d.]+) clips/s; the VAE was busy (\d+)% of the time", caplog.text)
-    assert float(said[1]) > 0 and 0 < int(said[2]) <= 100
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run_and_the_next_goes_on(

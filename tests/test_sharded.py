@@ -1,13 +1,8 @@
 """Latents split over real processes: energies and gradients of the whole, to rounding."""
 
-import os
-import socket
-from contextlib import closing
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tempolora.rhythm.sharded import spatial_flow_and_probe, temporal_flow_and_probe
 
@@ -75,32 +70,24 @@ def check_all(rank, size, device):
                     assert error < 1e-5, f"{where}: relative error {error:.2e}"
 
 
-def process(rank, size, port, backend):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def process(rank, backend):
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, rank=rank, world_size=size)
-    check_all(rank, size, device)
+    dist.init_process_group(backend)
+    check_all(rank, dist.get_world_size(), device)
     dist.destroy_process_group()
 
 
-def run(size, backend):
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(process, (size, port, backend), nprocs=size)
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_split_latents_have_the_energy_and_gradient_of_the_whole(size):
-    run(size, "gloo")
+def test_split_latents_have_the_energy_and_gradient_of_the_whole(size, ranks, tmp_path):
+    ranks.call("test_sharded:process", size, ["gloo"], tmp_path / "log")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_split_over_gpus_they_do_too(size):
+def test_split_over_gpus_they_do_too(size, ranks, tmp_path):
     if torch.cuda.device_count() < size:
         pytest.skip(f"{torch.cuda.device_count()} GPUs")
-    run(size, "nccl")
+    ranks.call("test_sharded:process", size, ["nccl"], tmp_path / "log")

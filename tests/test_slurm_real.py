@@ -245,7 +245,9 @@ def lora_in(out: Path) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_job_stopped_by_usr1_goes_on_in_the_queue_to_the_same_lora(cluster, toy_shards, tmp_path):
+def test_a_job_stopped_by_usr1_goes_on_in_the_queue_to_the_same_lora(
+    cluster, ranks, toy_shards, tmp_path
+):
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     env = {"CONFIG": "configs/toy.json"}
     script = "slurm/train.sh"
@@ -264,9 +266,10 @@ def test_a_job_stopped_by_usr1_goes_on_in_the_queue_to_the_same_lora(cluster, to
         *range(1, 41)
     ]
     assert not list(stopped.glob("previous-*"))
-    # The same without Slurm, two processes of one torchrun.
-    run = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "launch/train.py")
-    cluster.run(sys.executable, "-m", *run, *training(toy_shards, straight))
+    # The same without Slurm, in two processes that are forked.
+    log = tmp_path / "log"
+    sets = ["train", "--config", "configs/toy.json", *training(toy_shards, straight)]
+    assert ranks.run(2, sets, log) == [0, 0], log.read_text()
     assert lora_in(stopped) == lora_in(straight)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tempolora.config import ConfigError
+from tempolora import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tempolora.config import ConfigError
-from tempolora.data.audio import has_sound
+from tempolora import ConfigError
 from tempolora.data.clips import DecoderFailed, run_worker
 
 RATE_HZ = 48_000
@@ -27,6 +26,8 @@ def read_soundtrack(path: Path, duration_s: float, timeout_s: float) -> np.ndarr
     that decodes, or is silent all that time, and where the decoder takes longer than `timeout_s`
     seconds.
     """
+    from tempolora.data.audio import has_sound  # with scipy, which the decoder does without
+
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{OPTION}: there is no file {path}")

@@ -213,14 +213,17 @@ class Group:
 
     @_or_lost
     def _end(self, ended: str) -> str:
-        """Say how this process ended; returns how the run did. One that failed goes at once. The
-        others wait for all: where the store is process 0's own it must stay, and a launcher may
-        end those that still save when the first is gone."""
+        """Say how this process ended; returns how the run did. One that failed goes at once, but
+        for process 0, which lets the others hear of it. The others wait for all: where the store is
+        process 0's own it must stay, and a launcher may end those that still save when the first is
+        gone."""
         if ended != FAILED:
             judge = partial(self._judge, ended) if self.is_first else partial(self._judged, ended)
             over = self._wait(judge)
         else:
             self._store.set(f"state/{self._rank}", over := FAILED)
+            if self.is_first:
+                self._await_two_beats()
         if self.is_first:
             self._store.set("over", over)
             states = self._states(range(1, self._count)).values()
@@ -229,6 +232,16 @@ class Group:
             while self._store.add("heard", 0) < waiting and time.monotonic() < end:
                 time.sleep(EVERY_S / 10)
         return over
+
+    def _await_two_beats(self) -> None:
+        """Of all that live: each listens after its beat, and has then heard why all are to stop. A
+        store that is this process's own holds that word no longer than this process."""
+        before, end = self._states(self._elsewhere), time.monotonic() + HEARD_S
+        while time.monotonic() < end:
+            now = self._states(self._elsewhere)
+            if all(s in ENDS or int(s) >= int(before[rank]) + 2 for rank, s in now.items()):
+                return
+            time.sleep(EVERY_S / 10)
 
     def _wait(self, over: Callable[[], str | None]) -> str:
         """Until `over` answers. A signal meanwhile stops the other group."""
