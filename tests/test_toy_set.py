@@ -80,6 +80,17 @@ def test_frames_drawn_a_few_at_a_time_are_those_of_the_whole_clip(monkeypatch):
     assert np.abs(parts.astype(int) - whole).max() <= 1  # k / fps is rounded in two ways
 
 
+def test_the_same_frames_give_the_same_mp4_each_time(tmp_path):
+    # Clouds, other ones in each frame: with x264's defaults their files mostly differ.
+    x_FHW3 = np.random.default_rng(0).random((17, 64, 64, 3))
+    for axis in (1, 2) * 3:
+        x_FHW3 = sum(np.roll(x_FHW3, by, axis) for by in range(-3, 4))
+    frames_FHW3 = (255 * (x_FHW3 - x_FHW3.min()) / np.ptp(x_FHW3)).astype(np.uint8)
+    for number in range(8):
+        write_mp4(tmp_path / f"{number}.mp4", frames_FHW3, 16)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_colours_come_back_from_an_mp4_in_both_decoders(tmp_path):
     decord = pytest.importorskip("decord")
     colours = [(214, 48, 49), (46, 170, 87), (52, 101, 220), (236, 196, 50), (240, 240, 236)]

@@ -58,7 +58,10 @@ def write_mp4(
 
 def _add_video(container, frames: np.ndarray, fps: Fraction | float, crf: int):
     rate = Fraction(fps).limit_denominator(1001)
-    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+    # Without x264's macroblock tree: with it small frames give another file each time, and videos
+    # are measured, and trained on, as they come from the file.
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    stream = container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
     stream.time_base = 1 / rate
