@@ -14,7 +14,7 @@ def write(root, step, keep=2, every=0):
     tensors = {"blocks.0.attn1.to_q.lora_A.weight": torch.full((4, 8), float(step))}
     digests = checkpoint.write_tensors(root, step, "lora.safetensors", tensors)
     moments = {"0.exp_avg": torch.ones(3)}
-    digests |= checkpoint.write_tensors(root, step, "optimizer-00000.safetensors", moments)
+    digests |= checkpoint.write_tensors(root, step, "optimizer.safetensors", moments)
     return checkpoint.seal(root, step, digests, {"step": step}, keep, every)
 
 
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_same_step_again(tmp_path):
 def test_the_checksum_is_of_what_was_meant_not_of_what_reached_the_disk(tmp_path):
     checkpoint.begin(tmp_path, 2)
     digests = {}
-    for name in ("lora.safetensors", "optimizer-00000.safetensors"):
+    for name in ("lora.safetensors", "optimizer.safetensors"):
         digests |= checkpoint.write_tensors(tmp_path, 2, name, {"x": torch.ones(100)})
     path = tmp_path / ".step-000002.tmp" / "lora.safetensors"
     path.write_bytes(path.read_bytes()[:-7])  # a write cut short before the seal
@@ -68,25 +68,13 @@ def test_the_checksum_is_of_what_was_meant_not_of_what_reached_the_disk(tmp_path
         checkpoint.open_checkpoint(tmp_path / "step-000002")
 
 
-def test_the_sealing_process_waits_for_the_others_and_hears_where_one_fails(tmp_path):
-    checkpoint.begin(tmp_path, 2)
-    with pytest.raises(TimeoutError, match="process 1 has not written its part"):
-        checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
-    checkpoint.announce(tmp_path, 2, 1, {"optimizer-00001.safetensors": "ab"})
-    parts = checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
-    assert parts == {"optimizer-00001.safetensors": "ab"}
-    checkpoint.announce(tmp_path, 2, 1, None)
-    with pytest.raises(OSError, match="process 1 could not write its part"):
-        checkpoint.await_parts(tmp_path, 2, range(1, 2), limit_s=0.1)
-
-
 def test_an_unsealed_checkpoint_does_not_count_and_is_taken_up_again(tmp_path):
     write(tmp_path, 2)
     checkpoint.begin(tmp_path, 4)
-    checkpoint.write_tensors(tmp_path, 4, "optimizer-00007.safetensors", {"x": torch.ones(1)})
+    checkpoint.write_tensors(tmp_path, 4, "ema.safetensors", {"x": torch.ones(1)})
     assert checkpoint.latest(tmp_path).state["step"] == 2
     folder = write(tmp_path, 4)
-    assert not (folder / "optimizer-00007.safetensors").exists()
+    assert not (folder / "ema.safetensors").exists()
     assert checkpoint.latest(tmp_path).state["step"] == 4
 
 

@@ -28,8 +28,8 @@ EVERY = 2  # steps between checkpoints
 KINDS = ("SIGKILL", "SIGTERM", "SIGUSR1", "disk full", "truncated")
 ENGINES = ("ddp", "fsdp", "deepspeed")
 # Rank and bytes: below the size of the largest file it writes into a checkpoint, 210 kB of
-# optimizer on the first process, or half of that on each; above what else it writes.
-FULL = {"ddp": (0, 190_000), "fsdp": (0, 190_000), "deepspeed": (1, 24_000)}
+# optimizer; above what else it writes.
+FULL = (0, 190_000)
 
 
 def arguments(engine: str, shards: Path, out: Path, *more: str) -> list[str]:
@@ -108,7 +108,7 @@ def chain(ranks, engine: str, shards: Path, folder: Path, kinds: list[str], seed
     seen = Counter()
     for number, kind in enumerate(kinds):
         start, before = newest(out), len(lines(out))
-        full = FULL[engine] if kind == "disk full" else None
+        full = FULL if kind == "disk full" else None
         log = folder / f"log.{number}"
         pids = ranks.start(size, arguments(engine, shards, out, *more), log, full=full)
         moment = "saving"
@@ -172,30 +172,70 @@ def test_thirty_interruptions_lose_nothing(engine, ranks, toy_shards, tmp_path, 
 
 
 @pytest.mark.slow
-def test_on_another_number_of_processes_both_experts_meet_the_same_samples_and_losses(
-    ranks, toy_shards, tmp_path
+@pytest.mark.parametrize(
+    ("experts", "before", "after"),
+    [
+        ("both", ("ddp", 2, 1), ("plain", 1, 2)),
+        ("high", ("deepspeed", 2, 2), ("deepspeed", 4, 1)),
+        ("low", ("plain", 1, 2), ("deepspeed", 2, 1)),
+    ],
+    ids=["ddp_to_plain", "deepspeed_on_more", "plain_to_deepspeed"],
+)
+def test_on_other_processes_a_run_meets_the_same_samples_and_losses(
+    experts, before, after, ranks, toy_shards, tmp_path
 ):
-    """Two processes from step 0; then one with twice the microsteps, from the middle of an epoch.
+    """(engine, processes, microsteps) from step 0, and after step 2, in the middle of an epoch.
 
     In fp32 only the order of sums differs, 1e-7 a sum.
     """
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    both = "model.expert=both"
-    sets = arguments("ddp", toy_shards, whole, both)
-    assert ranks.run(2, sets, log) == [0, 0], log.read_text()
+
+    def train(folder, engine, processes, microsteps):
+        more = (f"model.expert={experts}", f"train.gradient_accumulation={microsteps}")
+        sets = arguments(engine, toy_shards, folder, *more)
+        assert ranks.run(processes, sets, log) == [0] * processes, log.read_text()
+
+    train(whole, *before)
     shutil.copytree(whole, out)
     (out / "metrics.jsonl").unlink()
-    for expert in ("high", "low"):
-        shutil.rmtree(out / "checkpoints" / expert / "step-000004")
-    sets = arguments("plain", toy_shards, out, both, "train.gradient_accumulation=2")
-    assert ranks.run(1, sets, log) == [0], log.read_text()
-    after = [line for line in lines(whole) if line["step"] > 2]
+    for last in out.glob("checkpoints/*/step-000004"):
+        shutil.rmtree(last)
+    train(out, *after)
+    expected = [line for line in lines(whole) if line["step"] > 2]
     assert [(line["expert"], line["step"]) for line in lines(out)] == [
-        (line["expert"], line["step"]) for line in after
+        (line["expert"], line["step"]) for line in expected
     ]
     for key in ("loss", "flow", "sigma"):
-        now, before = ([line[key] for line in each] for each in (lines(out), after))
-        assert now == pytest.approx(before, rel=1e-5), key
+        ours, theirs = ([line[key] for line in each] for each in (lines(out), expected))
+        assert ours == pytest.approx(theirs, rel=1e-5), key
+
+
+@pytest.mark.slow
+def test_8_bit_state_that_deepspeed_cut_goes_on_as_it_was_cut_and_not_otherwise(
+    ranks, toy_shards, tmp_path
+):
+    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    eight = "train.optimizer=adamw8bit"
+    assert ranks.run(2, arguments("deepspeed", toy_shards, whole, eight), log) == [0, 0]
+    shutil.copytree(whole, out)
+    shutil.rmtree(root(out) / "step-000004")
+    for engine, processes, takes in (
+        ("plain", 1, "takes it whole"),
+        ("deepspeed", 1, "takes it as DeepSpeed cuts it for 1 processes"),
+    ):
+        more = (eight, "train.gradient_accumulation=2")
+        codes = ranks.run(processes, arguments(engine, toy_shards, out, *more), log)
+        said = log.read_text()
+        assert codes == [2], said
+        assert "8-bit optimizer state as DeepSpeed cuts it for 2 processes, this run" in said
+        assert takes in said
+    assert ranks.run(2, arguments("deepspeed", toy_shards, out, eight), log) == [0, 0]
+    for name in ("lora", "optimizer"):
+        file = f"step-000004/{name}.safetensors"
+        ours, theirs = load_file(root(out) / file), load_file(root(whole) / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert any(value.dtype == torch.uint8 for value in theirs.values())
 
 
 # --- Losses and gradients that are not finite -----------------------------------------------------
@@ -225,10 +265,7 @@ def test_a_loss_that_is_not_finite_costs_its_step_alone_on_all_processes(
         assert ("skipped" in line) == (step in (2, 4))
         assert step in (2, 4) or math.isfinite(line["loss"])
     assert len(written[1]["skipped"]) == 1  # of the one process at fault
-    names = ["lora", "ema", *(f"optimizer-{part:05d}" for part in range(size))]
-    if engine == "fsdp":
-        names = names[:3]
-    for name in names:
+    for name in ("lora", "ema", "optimizer"):
         one, two, three = (
             load_file(root(out) / f"step-{step:06d}" / f"{name}.safetensors") for step in (1, 2, 3)
         )

@@ -3,7 +3,7 @@
     checkpoints/<expert>/step-000100/
         lora.safetensors            the adapters, fp32, named as PEFT names them
         ema.safetensors             their moving average, where one is kept
-        optimizer-00000.safetensors what the optimizer remembers; one per process where sharded
+        optimizer.safetensors       what the optimizer remembers of each adapter
         state.json                  step, resolved configuration, processes, shapes for export
         manifest.json               SHA-256 of every file above, written last
 
@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,8 +30,7 @@ from tempolora.files import sha256_of, sync_folder, write_json
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-NEEDED = {"lora.safetensors", "optimizer-00000.safetensors", "state.json"}
-POLL_S = 0.05
+NEEDED = {"lora.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,9 @@ class Checkpoint:
         path = self.folder / "ema.safetensors"
         return load_file(path) if path.is_file() else None
 
-    def optimizer(self, part: int = 0) -> dict[str, Tensor]:
-        """Optimizer state; part: the process where it is sharded, else 0."""
-        return load_file(self.folder / f"optimizer-{part:05d}.safetensors")
+    def optimizer(self) -> dict[str, Tensor]:
+        """What the optimizer remembers."""
+        return load_file(self.folder / "optimizer.safetensors")
 
 
 # --- Writing, in this order -----------------------------------------------------------------------
@@ -72,7 +70,7 @@ def begin(root: Path, step: int) -> Path:
 def write_tensors(root: Path, step: int, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """One tensor file of the checkpoint under way; {name: its SHA-256}.
 
-    tensors: on the CPU, each with storage of its own. Any process, after `begin` on one of them.
+    tensors: on the CPU, each with storage of its own.
     """
     content = to_bytes(tensors)
     with open(_temporary(root, step) / name, "wb") as file:
@@ -80,29 +78,6 @@ def write_tensors(root: Path, step: int, name: str, tensors: dict[str, Tensor]) 
         file.flush()
         os.fsync(file.fileno())
     return {name: sha256(content).hexdigest()}
-
-
-def announce(root: Path, step: int, process: int, digests: dict[str, str] | None) -> None:
-    """Tell the sealing process that this one's files are written; None: that they never will be."""
-    write_json(_temporary(root, step) / _note(process), digests)
-
-
-def await_parts(root: Path, step: int, processes: range, limit_s: float) -> dict[str, str]:
-    """The checksums that other processes announce. Raises OSError where one fails or is late."""
-    digests: dict[str, str] = {}
-    deadline = time.monotonic() + limit_s
-    for process in processes:
-        note = _temporary(root, step) / _note(process)
-        while not note.is_file():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"process {process} has not written its part in {limit_s:.0f} s")
-            time.sleep(POLL_S)
-        part = json.loads(note.read_bytes())
-        if part is None:
-            raise OSError(f"process {process} could not write its part")
-        digests |= part
-        note.unlink()
-    return digests
 
 
 def seal(
@@ -190,10 +165,6 @@ def _old(folder: Path) -> Path:
     if old.exists():
         shutil.rmtree(old)
     return old
-
-
-def _note(process: int) -> str:
-    return f"part-{process:05d}.json"
 
 
 def _step_of(folder: Path) -> int:

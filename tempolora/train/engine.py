@@ -24,6 +24,14 @@ from tempolora.train.context import context_of, share_attention
 from tempolora.train.plan import fitting, with_engine
 from tempolora.train.recompute import recompute_blocks
 from tempolora.train.world import World
+from tempolora.train.zero_state import (
+    all_parts,
+    optimizer_cut,
+    own_part,
+    partitions,
+    take_up_whole,
+    whole_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +106,6 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
 class TorchEngine:
     """plain, ddp and fsdp: adapters and optimizer whole on every process."""
 
-    sharded_optimizer = False
-
     def __init__(self, train: TrainConfig, transformer: nn.Module, world: World) -> None:
         self.transformer = transformer
         self._train, self._world = train, world
@@ -143,7 +149,7 @@ class TorchEngine:
         return {name: p.detach() for name, p in self._parameters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Everything the optimizer remembers, as tensors; valid until the next step."""
+        """What the optimizer remembers, as tensors `position.key`; valid until the next step."""
         return pack_optimizer(self._optimizer, list(self._parameters.values()))
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
@@ -157,8 +163,6 @@ class TorchEngine:
 class DeepSpeedEngine:
     """ZeRO: base, adapters and optimizer sharded by DeepSpeed."""
 
-    sharded_optimizer = True
-
     def __init__(self, cfg: Config, transformer: nn.Module, world: World) -> None:
         import deepspeed
 
@@ -169,7 +173,8 @@ class DeepSpeedEngine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=transformer, optimizer=optimizer, config=deepspeed_config(cfg, world)
         )
-        self.transformer, self._context = self._engine, world.context
+        self.transformer, self._world = self._engine, world
+        self._cut = optimizer_cut(cfg, world.size) is not None
         self._parameters = lora_parameters(transformer)
         if hasattr(self._engine.optimizer, "leaf_parameters"):  # stage 3
             self._reduce_when_accumulated()
@@ -181,7 +186,7 @@ class DeepSpeedEngine:
             self.own_finite = torch.ones_like(loss, dtype=torch.bool)
         self._begins = False
         self.own_finite &= loss.isfinite()
-        self._engine.backward(poisoned(loss) * self._context)  # as in TorchEngine
+        self._engine.backward(poisoned(loss) * self._world.context)  # as in TorchEngine
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
@@ -201,12 +206,20 @@ class DeepSpeedEngine:
             return {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """This process's part of what the optimizer remembers."""
-        return pack_optimizer(self._inner(), self._partitions())
+        """As TorchEngine.optimizer_state, or all processes' parts of it where it is cut; every
+        process must call it."""
+        zero, device = self._engine.optimizer, self._world.device
+        if self._cut:
+            return all_parts(pack_optimizer(zero.optimizer, partitions(zero)), device)
+        return whole_state(zero, list(self._parameters.values()), device)
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Take up this process's part."""
-        unpack_optimizer(self._inner(), self._partitions(), state)
+        """Take up what `optimizer_state` gave."""
+        zero = self._engine.optimizer
+        if self._cut:
+            unpack_optimizer(zero.optimizer, partitions(zero), own_part(state))
+        else:
+            take_up_whole(zero, list(self._parameters.values()), state)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks and buffers down, so that memory can be freed."""
@@ -223,15 +236,6 @@ class DeepSpeedEngine:
         for parameter in self._parameters.values():
             del parameter.ds_z3_leaf_module
         zero.create_reduce_and_remove_grad_hooks()
-
-    def _inner(self) -> torch.optim.Optimizer:
-        return self._engine.optimizer.optimizer
-
-    def _partitions(self) -> list[Tensor]:
-        zero = self._engine.optimizer
-        if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
-            return zero.fp32_partitioned_groups_flat
-        return zero.single_partition_of_fp32_groups
 
 
 Engine = TorchEngine | DeepSpeedEngine

@@ -78,7 +78,7 @@ def train_expert(
         transformer = load_with_adapters(cfg, expert, world.device, resume, spread)
         engine = build_engine(kind, cfg, transformer, world)
     ema = _take_up(cfg, engine, world, resume)
-    facts = run_facts(cfg, expert, transformer, engine, world)
+    facts = run_facts(cfg, expert, transformer, world)
     predict = partial(wan.predict_velocity, engine.transformer)
     extra = [rollout] if rollout else []
     extra += [Anchor(cfg, engine.transformer)] if train.anchor_weight else []
@@ -215,8 +215,7 @@ def _take_up(
 ) -> dict[str, Tensor] | None:
     """Give the optimizer its memory back; the moving average, where one is kept."""
     if resume:
-        part = world.rank if engine.sharded_optimizer else 0
-        engine.load_optimizer_state(resume.optimizer(part))
+        engine.load_optimizer_state(resume.optimizer())
     if cfg.train.ema_decay is None:
         return None
     start = resume.ema() if resume else engine.lora_state()

@@ -9,13 +9,12 @@ from torch import nn
 
 from tempolora.config import Config, ConfigError
 from tempolora.files import sha256_of
-from tempolora.launched import uses_deepspeed
 from tempolora.model.location import PART_OF
 from tempolora.model.targets import adapter_rows
 from tempolora.model.wan import fingerprint
 from tempolora.train import checkpoint
-from tempolora.train.engine import Engine
 from tempolora.train.world import World
+from tempolora.train.zero_state import optimizer_cut
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +34,7 @@ def checkpoint_root(cfg: Config, expert: str) -> Path:
     return Path(cfg.output.dir) / "checkpoints" / expert
 
 
-def run_facts(
-    cfg: Config, expert: str, transformer: nn.Module, engine: Engine, world: World
-) -> dict[str, Any]:
+def run_facts(cfg: Config, expert: str, transformer: nn.Module, world: World) -> dict[str, Any]:
     """What a checkpoint says of itself beside its step; enough to export it without the model."""
     head_dim = transformer.config.attention_head_dim
     return {
@@ -46,7 +43,7 @@ def run_facts(
         "base": fingerprint(cfg.model, PART_OF[expert]),
         "data": sha256_of(Path(cfg.data.shards) / "manifest.json"),
         "processes": world.size,
-        "sharded_optimizer": engine.sharded_optimizer,
+        "optimizer_cut": optimizer_cut(cfg, world.size),
         "num_heads": transformer.config.num_attention_heads,
         "head_dim": head_dim,
         "rows": adapter_rows(cfg.lora, cfg.timebase, head_dim),
@@ -95,17 +92,12 @@ def _refuse_other_run(
     _refuse_unless_equal(found, "data.num_frames, whose lora.time_rows", state["rows"], rows)
     base = fingerprint(cfg.model, PART_OF[expert])
     _refuse_unless_equal(found, "model: a base of fingerprint", state["base"], base)
-    if state["sharded_optimizer"] != uses_deepspeed(cfg):
+    cut = optimizer_cut(cfg, processes)
+    if state["optimizer_cut"] != cut:
         raise ConfigError(
-            f"parallel.engine: the checkpoint {found.folder} was "
-            f"{'' if state['sharded_optimizer'] else 'not '}written by deepspeed, whose "
-            "optimizer state is its own; go on with the same engine"
-        )
-    if state["sharded_optimizer"] and state["processes"] != processes:
-        raise ConfigError(
-            f"--resume: {found.folder} holds DeepSpeed state of {state['processes']} "
-            f"processes, {processes} are to train this expert; start as many as before, and split "
-            "them as before by parallel.expert_split"
+            f"--resume: {found.folder} holds 8-bit optimizer state {_cut(state['optimizer_cut'])}, "
+            f"this run takes it {_cut(cut)}; start as many processes for this expert, under the "
+            "same engine, as before (train.optimizer adamw goes on with any)"
         )
     if state["data"] != sha256_of(Path(cfg.data.shards) / "manifest.json"):
         log.warning(
@@ -113,6 +105,10 @@ def _refuse_other_run(
             expert,
             found.folder,
         )
+
+
+def _cut(processes: int | None) -> str:
+    return f"as DeepSpeed cuts it for {processes} processes" if processes else "whole"
 
 
 def _refuse_unless_equal(found: checkpoint.Checkpoint, key: str, before: Any, now: Any) -> None:

@@ -1,8 +1,7 @@
 """Saving off the step's path: tensors are copied to host memory, a thread writes and seals them.
 
-One checkpoint is under way at a time. Where the optimizer is sharded every process writes its own
-part, and the first one seals when all have announced theirs. What goes wrong in a thread ends the
-run on all processes after the step under way; the checkpoint before is still there.
+One checkpoint is under way at a time, and the first process writes it. What goes wrong in its
+thread ends the run on all processes after the step under way; the checkpoint before is still there.
 """
 
 import logging
@@ -23,7 +22,7 @@ from tempolora.train.world import World
 
 log = logging.getLogger(__name__)
 
-AT_EXIT_S = 30.0  # for a thread at an error's end: others whose parts it awaits may be gone
+AT_EXIT_S = 30.0  # for the thread where a run ends with an error: its disk may be what hangs
 
 
 def agree(world: World, *flags: bool) -> list[bool]:
@@ -51,7 +50,6 @@ class Saver:
     ) -> None:
         self._cfg, self._engine, self._world, self._facts = cfg, engine, world, facts
         self._root = checkpoint_root(cfg, facts["expert"])
-        self._limit_s = 60 * cfg.parallel.timeout_minutes
         self._stop = stop
         self._thread: Thread | None = None
         self._error: ConfigError | None = None
@@ -100,41 +98,24 @@ class Saver:
             except OSError as error:
                 self._note(step, error)
         self._finish()  # the folder is there when the others come out of this
-        files, weights = {}, engine.lora_state()
+        tensors = {"lora": engine.lora_state(), "optimizer": engine.optimizer_state(), "ema": ema}
         if world.is_main:
-            files["lora.safetensors"] = to_host(weights)
-            if ema is not None:
-                files["ema.safetensors"] = to_host(ema)
-        if world.is_main or engine.sharded_optimizer:
-            part = f"optimizer-{world.rank:05d}.safetensors"
-            files[part] = to_host(engine.optimizer_state())
+            files = {name: to_host(each) for name, each in tensors.items() if each is not None}
             # a daemon: an interpreter that must end does not wait for it, `__exit__` does
             self._thread = Thread(target=self._write, args=(step, files, state), daemon=True)
             self._thread.start()
 
     def _write(self, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        root, world, train = self._root, self._world, self._cfg.train
+        root, train = self._root, self._cfg.train
         try:
             digests = {}
             for name, tensors in files.items():
-                digests |= checkpoint.write_tensors(root, step, name, tensors)
-            if not world.is_main:
-                checkpoint.announce(root, step, world.rank, digests)
-                return
-            if self._engine.sharded_optimizer:
-                others = range(1, world.size)
-                digests |= checkpoint.await_parts(root, step, others, self._limit_s)
+                digests |= checkpoint.write_tensors(root, step, f"{name}.safetensors", tensors)
             keep, every = train.keep_checkpoints, train.keep_every or 0
             checkpoint.seal(root, step, digests, state, keep, every)
         except Exception as error:
             self._note(step, error)
-            try:
-                if world.is_main:
-                    checkpoint.abandon(root, step)
-                else:
-                    checkpoint.announce(root, step, world.rank, None)
-            except OSError as told:
-                log.warning("the first process was not told: %s", told)
+            checkpoint.abandon(root, step)
 
     def _note(self, step: int, error: Exception) -> None:
         why = getattr(error, "strerror", None) or error
@@ -145,7 +126,7 @@ class Saver:
         )
 
     def _wait(self) -> None:
-        """Until this process's thread is done."""
+        """Until the thread is done, which the first process has."""
         if self._thread is None:
             return
         began = time.perf_counter()
@@ -156,14 +137,14 @@ class Saver:
         self._thread = None
 
     def _finish(self) -> None:
-        """Until every process's thread is done. Raises ConfigError where one has failed."""
+        """Until the checkpoint under way is sealed. Raises ConfigError where that failed."""
         self._wait()
         if agree(self._world, self._error is not None)[0]:
             self._fail()
 
     def _fail(self) -> None:
         raise self._error or ConfigError(
-            "output.dir: another process could not write its part of a checkpoint, and says why"
+            "output.dir: process 0 could not write a checkpoint, and says why"
         )
 
     def __enter__(self) -> Self:
