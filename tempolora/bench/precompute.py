@@ -7,11 +7,13 @@ Encoding, seconds a clip: `eager` is diffusers as it comes, `channels_last` the 
 `walk` is `model/fast_vae.py` by four frames at a time, `chunk16` by sixteen, `compile` the walk
 compiled, `all` both, `benchmark` both with cuDNN choosing its kernels by trial. Differences are the
 largest of the normalised latents, over the largest value, to eager and to fp32. Decoding: eager and
-channels_last. Weights are random, but for TinyWan's.
+channels_last; neither where `--variants` names none. `--pipeline` precomputes `--clips` mp4s, copies
+of four of smooth moving noise, which is quick to draw. Weights are random, but for TinyWan's.
 """
 
 import argparse
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tempolora.config import Config, load_config
+from tempolora.data.video import write_mp4
 from tempolora.files import write_json
 from tempolora.model import fast_vae, wan
 from tempolora.model.encoders import WanEncoders, batches_by_length
@@ -31,6 +34,7 @@ from tempolora.model.memory import free_memory
 from tempolora.variants import TEXT_TOKENS
 
 GIB = 2**30
+DISTINCT = 4  # clips of a drawn folder
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", type=Path, default=Path("configs/a14b.json"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1, help="clips encoded together")
     parser.add_argument("--captions", type=int, default=256, help="0: leave the text encoder out")
@@ -78,8 +82,11 @@ def main(arguments: list[str]) -> None:
     figures: dict[str, Any] = {"device": _name(device), "torch": torch.__version__}
     print(f"{figures['device']}, torch {torch.__version__}, {cfg.model.variant}, {cfg.data}")
     with torch.no_grad():
-        figures["encode"], latents = measure_encoding(cfg, options, device)
-        figures["decode"] = measure_decoding(cfg, options, latents, device)
+        if options.variants:
+            figures["encode"], latents = measure_encoding(cfg, options, device)
+            figures["decode"] = measure_decoding(cfg, options, latents, device)
+            del latents
+            free_memory(device)
         if options.captions:
             figures["captions"] = measure_text(cfg, options.captions, device)
             free_memory(device)
@@ -202,17 +209,15 @@ class _TimedEncoders(WanEncoders):
 
 
 def measure_pipeline(cfg: Config, count: int, device: torch.device) -> dict[str, float]:
-    """Precompute of drawn clips: clips a second and the VAE's share, once it is warm."""
+    """Precompute of a folder of clips: clips a second and the VAE's share, once it is warm."""
     from tempolora.data.pipeline import num_decoders
     from tempolora.data.precompute import precompute
-    from tempolora.data.toy_set import draw_toy_set
 
     logging.basicConfig(level=logging.WARNING)
-    clock, data = cfg.timebase, cfg.data
+    data = cfg.data
     with tempfile.TemporaryDirectory(prefix="bench-precompute-") as folder:
-        size = {"height": data.height, "width": data.width}
         source, shards = Path(folder, "clips"), Path(folder, "shards")
-        draw_toy_set(source, fps=clock.fps, num_frames=data.num_frames, **size, clips=count, seed=0)
+        draw_clips(cfg, source, count)
         changes = {"source": str(source), "shards": str(shards)}
         cfg = cfg.model_copy(update={"data": data.model_copy(update=changes)})
         encoders = _TimedEncoders(cfg, device)
@@ -319,6 +324,20 @@ def drawn_frames(cfg: Config, batch: int, seed: int) -> Tensor:
     size = (data.num_frames, data.height, data.width)
     video = torch.nn.functional.interpolate(coarse, size, mode="trilinear", align_corners=True)
     return (video * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def draw_clips(cfg: Config, folder: Path, count: int) -> None:
+    """A data set of `count` mp4s, four of them distinct, each with a caption of its own."""
+    folder.mkdir()
+    for number in range(count):
+        path = folder / f"{number:04d}.mp4"
+        if number < DISTINCT:
+            write_mp4(path, drawn_frames(cfg, 1, number)[0].numpy(), cfg.timebase.fps)
+        else:
+            shutil.copy(folder / f"{number % DISTINCT:04d}.mp4", path)
+    captions = enumerate(drawn_captions(count))
+    lines = [f"{number:04d}.mp4|{caption}\n" for number, caption in captions]
+    (folder / "prompts.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def drawn_captions(count: int) -> list[str]:
