@@ -7,8 +7,8 @@ Encoding, seconds a clip: `eager` is diffusers as it comes, `channels_last` the 
 `walk` is `model/fast_vae.py` by four frames at a time, `chunk16` by sixteen, `compile` the walk
 compiled, `all` both, `benchmark` both with cuDNN choosing its kernels by trial. Differences are the
 largest of the normalised latents, over the largest value, to eager and to fp32. Decoding: eager and
-channels_last; neither where `--variants` names none. `--pipeline` precomputes `--clips` mp4s, copies
-of four of smooth moving noise, which is quick to draw. Weights are random, but for TinyWan's.
+channels_last; neither where `--variants` names none. `--pipeline` precomputes `--clips` mp4s, which
+are copies of four of smooth moving noise. Weights are random, but for TinyWan's.
 """
 
 import argparse
