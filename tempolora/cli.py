@@ -188,6 +188,8 @@ def _set_up_logging(all_ranks: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
     if rank == 0 or all_ranks:
         logging.getLogger("tempolora").setLevel(logging.INFO)
+    # On some CPUs it asks, at every import, for a package that it can do without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def default_config() -> Path:
