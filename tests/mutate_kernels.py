@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNEL, TORCH = "triton_kernels.py", "kernels.py"
+KERNEL, LAUNCH, TORCH = "triton_kernels.py", "triton_launch.py", "kernels.py"
 
 MUTANTS = [
     ("stride of v taken from x", KERNEL, "v_t.to(INDEX) * UNIT, v_h", "x_t.to(INDEX) * UNIT, v_h"),
@@ -68,10 +68,10 @@ MUTANTS = [
         "back = unit * 2.0 / pixels if AGAIN",
         "back = unit / pixels if AGAIN",
     ),
-    ("16-bit gradient in any unit", KERNEL, "    if exact:\n", "    if False:\n"),
+    ("16-bit gradient in any unit", LAUNCH, "    if exact:\n", "    if False:\n"),
     (
         "rounded twice where d_flow is no power of two",
-        KERNEL,
+        LAUNCH,
         "EXACT=exact",
         "EXACT=False",
     ),
@@ -132,7 +132,7 @@ MUTANTS = [
     ),
     (
         "gradient not scaled by d_flow",
-        KERNEL,
+        LAUNCH,
         "_scaled(made, d_flow * unit)",
         "_scaled(made, unit)",
     ),
@@ -186,10 +186,10 @@ MUTANTS = [
         "((total > 0) & (total < smallest))",
         "((total > 0) & (total < 0))",
     ),
-    ("power of a row's norm lost from its gain", KERNEL, "2 * exponent_BP)", "exponent_BP)"),
+    ("power of a row's norm lost from its gain", LAUNCH, "2 * exponent_BP)", "exponent_BP)"),
     (
         "probe kept when it has changed",
-        KERNEL,
+        LAUNCH,
         "kept.get(key, (None,))[0] == version",
         "key in kept",
     ),

@@ -26,9 +26,9 @@ HALF = (torch.bfloat16, torch.float16)
 def fused():
     """The fused kernel, on CPU tensors too."""
     pytest.importorskip("triton")
-    from tempolora.rhythm import triton_kernels
+    from tempolora.rhythm import triton_launch
 
-    return triton_kernels
+    return triton_launch
 
 
 def draw(shape, seed, dtype=torch.float32, device="cpu") -> Tensor:

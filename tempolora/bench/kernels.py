@@ -275,18 +275,18 @@ def time_cut(trial: tuple[tuple[str, int], tuple], sets: int = SETS, replays: in
     """Microseconds of one candidate; infinite where the device cannot hold it."""
     from triton.runtime.errors import OutOfResources
 
-    from tempolora.rhythm import triton_kernels
+    from tempolora.rhythm import triton_launch
 
     (kind, halves), candidate = trial
     job = TRIALS[kind, halves]
     _, channels, frames, _, _ = job.shape
-    shape = triton_kernels.cut(channels, frames, job.rows, job.form == "channel", halves)
+    shape = triton_launch.cut(channels, frames, job.rows, job.form == "channel", halves)
     names = ("rows", "pixels", "ahead", "stages", "per_sm")
     shape = dataclasses.replace(shape, kind=kind, **dict(zip(names, candidate)))
     probe, weight = draw_probe(job), torch.full((job.shape[0],), 0.05, device="cuda")
 
     def forward(v_hat, v):
-        triton_kernels.launch(v_hat, v, probe, weight, 0, True, shape=shape)
+        triton_launch.launch(v_hat, v, probe, weight, 0, True, shape=shape)
 
     try:
         return replay_us(forward, inputs(job, sets), replays)

@@ -3,7 +3,7 @@
     energy[b] = mean_hw sum_p (sum_ct K[p,c,t] e[b,c,t,h,w])^2
     flow[b]   = mean of e[b]^2 over the channels, learned frames and pixels
 
-A CUDA device runs the fused Triton kernel (triton_kernels.py); anything else, and float64
+A CUDA device runs the fused Triton kernel (triton_launch.py); anything else, and float64
 everywhere, runs the torch code below, which is also what the kernel is tested against.
 
 Legend: B sample, C channel, T latent frame, H, W latent height and width, P probe row.
@@ -24,7 +24,7 @@ def probe_energy(residual_BCTHW: Tensor, probe: Tensor) -> Tensor:
     """
     _check(residual_BCTHW, probe)
     if _fused(residual_BCTHW):
-        return _triton_kernels().probe_energy(residual_BCTHW, probe)
+        return _fused_kernels().probe_energy(residual_BCTHW, probe)
     dtype = torch.promote_types(residual_BCTHW.dtype, torch.float32)
     with torch.autocast(residual_BCTHW.device.type, enabled=False):
         return _energy_BP(residual_BCTHW.to(dtype), probe.to(dtype)).sum(dim=1)
@@ -60,7 +60,7 @@ def flow_and_probe(
     if not 0 <= first_frame < frames:
         raise ValueError(f"first_frame {first_frame} is not one of {frames} latent frames")
     if _fused(v_hat_BCTHW, v_BCTHW):
-        return _triton_kernels().flow_and_probe(v_hat_BCTHW, v_BCTHW, probe, weight, first_frame)
+        return _fused_kernels().flow_and_probe(v_hat_BCTHW, v_BCTHW, probe, weight, first_frame)
     dtype = torch.promote_types(v_hat_BCTHW.dtype, v_BCTHW.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.autocast(v_hat_BCTHW.device.type, enabled=False):
@@ -103,17 +103,17 @@ def _fused(*tensors: Tensor) -> bool:
     return tensors[0].is_cuda and all(tensor.dtype != torch.float64 for tensor in tensors)
 
 
-def _triton_kernels():
-    """The module of the kernels, imported where a CUDA tensor first asks for it.
+def _fused_kernels():
+    """What launches the kernels, imported where a CUDA tensor first asks for it.
 
     Without Triton the same sums in torch read and write the residual some twenty times over, so
     that is an error and no quiet way round: torch's CUDA wheels for Linux bring Triton along.
     """
     try:
-        from tempolora.rhythm import triton_kernels
+        from tempolora.rhythm import triton_launch
     except ImportError as error:
         raise RuntimeError(
             "the rhythm terms need Triton on a CUDA device: pip install triton "
             "(on Windows: triton-windows)"
         ) from error
-    return triton_kernels
+    return triton_launch
