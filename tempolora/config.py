@@ -50,9 +50,10 @@ class ModelConfig(_Section):
     """"random" builds the full-size architecture at random weights (for speed trials)."""
     expert: Literal["high", "low", "both"] | None = None
     """Which expert to train; by default both. A one-transformer model takes none."""
-    base: Literal["auto", "bf16", "fp8", "fp32"] = "bf16"
+    base: Literal["auto", "bf16", "fp8", "nf4", "fp32"] = "bf16"
     """Number format of the frozen weights. fp8: the transformer blocks' linear layers in 8 bits,
-    with a scale per row; the rest bf16. auto: bf16 where that fits on the GPU, else fp8."""
+    with a scale per row; the rest bf16. nf4: the same layers in 4 bits, by bitsandbytes; whole on
+    every GPU only. auto: bf16 where that fits on the GPU, else fp8."""
     placement: Literal["auto", "gpu", "host"] = "auto"
     """host: the matrices of transformer blocks and text encoder lie in pinned host memory and are
     streamed to the GPU as they are used. auto: gpu where that is predicted to fit."""
@@ -383,6 +384,21 @@ def _check_parallel(cfg: Config) -> None:
         raise ConfigError("parallel.deepspeed: the stage is set by parallel.zero_stage")
 
 
+def _check_nf4(cfg: Config) -> None:
+    if cfg.model.base != "nf4":
+        return
+    if cfg.model.placement == "host":
+        raise ConfigError(
+            'model.base: "nf4" weights are not streamed from host memory; set model.placement to '
+            '"gpu", or model.base to "bf16" or "fp8"'
+        )
+    if cfg.parallel.engine in ("fsdp", "deepspeed"):
+        raise ConfigError(
+            f'model.base: "nf4" weights are whole on every GPU, and parallel.engine '
+            f'"{cfg.parallel.engine}" shards them; leave that at "auto", or use "bf16"'
+        )
+
+
 def _check_offload(cfg: Config) -> None:
     host, level = cfg.model.placement == "host", cfg.train.checkpointing
     if host and level not in ("auto", "full", "offload"):
@@ -544,6 +560,7 @@ CHECKS = (
     _check_sizes,
     _check_data,
     _check_parallel,
+    _check_nf4,
     _check_offload,
     _check_speeds,
     _check_lora,

@@ -55,6 +55,11 @@ def check_engine(cfg: Config, processes: int) -> None:
             'model.base: "fp8" does not go with DeepSpeed, whose ZeRO partitions no 8-bit weights; '
             'use "bf16", or parallel.engine "fsdp" or "ddp" under torchrun'
         )
+    if cfg.model.base == "nf4" and uses_deepspeed(cfg):
+        raise ConfigError(
+            'model.base: "nf4" weights are whole on every GPU, and DeepSpeed shards them; start '
+            'with torchrun, or use "bf16"'
+        )
     if cfg.train.host_blocks and (uses_deepspeed(cfg) or engine == "fsdp"):
         raise ConfigError(
             "train.host_blocks: has only been made for bases that are whole on every GPU; leave it "

@@ -1,7 +1,7 @@
 """How fast a transformer is loaded, against the disk, and the host memory that it takes meanwhile.
 
     python -m tempolora.bench load [--config configs/a14b.json] [--folder F] [--layers 8]
-        [--cases gpu fp8 host] [--json FILE]
+        [--cases gpu fp8 nf4 host] [--json FILE]
 
 F: a diffusers folder; without one a transformer of --layers blocks is drawn, in fp32 shards, and
 removed afterwards (it goes to $TMPDIR). Each case is a process of its own, once with its files
@@ -31,6 +31,7 @@ GIB = 2**30
 CASES = {
     "gpu": ("model.base=bf16", "model.placement=gpu"),
     "fp8": ("model.base=fp8", "model.placement=gpu"),
+    "nf4": ("model.base=nf4", "model.placement=gpu"),
     "host": ("model.base=bf16", "model.placement=host", "train.checkpointing=full"),
 }
 SHARD = 5 * 10**9  # bytes, as large as published ones

@@ -39,7 +39,6 @@ from tempolora.train.world import World
 from tempolora.variants import TEXT_TOKENS
 
 REFERENCE = "full-eager"
-_FP8 = ("model.base=fp8",)
 _LEVELS = {
     "full-eager": ("train.checkpointing=full", "train.compile=false"),
     "full": ("train.checkpointing=full",),
@@ -47,7 +46,11 @@ _LEVELS = {
     "selective": ("train.checkpointing=selective",),
     "none": ("train.checkpointing=none",),
 }
-VARIANTS = _LEVELS | {f"fp8-{name}": (*_FP8, *sets) for name, sets in _LEVELS.items()}
+VARIANTS = _LEVELS | {
+    f"{base}-{name}": (f"model.base={base}", *sets)
+    for base in ("fp8", "nf4")
+    for name, sets in _LEVELS.items()
+}
 LORA_B_STD = 0.01  # of the adapters' B, which starts at zero and would keep A's gradient there
 SIGMA = 0.6
 SEED = 0

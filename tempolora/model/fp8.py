@@ -132,9 +132,10 @@ def swap_on_meta(transformer: nn.Module) -> set[str]:
 
 
 def quantised_bytes(transformer: nn.Module) -> tuple[int, int]:
-    """(values that are rounded to one byte, bytes of the scales that come with them)."""
+    """(values that are rounded, bytes of all that is kept of them)."""
     layers = quantised_layers(transformer).values()
-    return sum(m.weight.numel() for m in layers), sum(4 * m.out_features for m in layers)
+    values = sum(layer.weight.numel() for layer in layers)
+    return values, values + sum(4 * layer.out_features for layer in layers)
 
 
 def check_device(device: torch.device) -> None:

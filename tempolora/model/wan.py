@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tempolora.config import ConfigError, ModelConfig
-from tempolora.model import fast_vae, fp8
+from tempolora.model import fast_vae, fp8, nf4
 from tempolora.model.architectures import architecture
 from tempolora.model.checkpoint import DTYPES, Stored, contents, fill, read
 from tempolora.model.location import (
@@ -58,9 +58,10 @@ RANDOM_STD = 0.02
 TEXT_MULTIPLE = 16  # tokens: few lengths, all good for matrix products
 _MIB = 2**20
 ROUNDED_VALUES = 2**22  # at a time; rounding takes several times its input in fp32
-# of what is not an 8-bit layer
+# of what is not an 8-bit or 4-bit layer
 _BF16 = torch.bfloat16
-_DTYPE = {"auto": _BF16, "bf16": _BF16, "fp8": _BF16, "fp32": torch.float32}
+_DTYPE = {"auto": _BF16, "bf16": _BF16, "fp8": _BF16, "nf4": _BF16, "fp32": torch.float32}
+_ROUNDED = {"fp8": fp8, "nf4": nf4}
 
 
 # --- Building and loading -------------------------------------------------------------------------
@@ -94,11 +95,11 @@ def load_transformer(
 
     Weights are in `model.base`, except the modules that Wan keeps in fp32 (time embedder, norms,
     modulation tables). They are read in file order and cast one by one into the memory they stay
-    in. With base "fp8" the blocks' linear layers are Fp8Linear, rounded one by one. With
-    `model.placement` host the blocks' matrices are in host memory and `device` sees them in turn.
-    With `spread` each process reads no more than its part; all of them must call it. A base or
-    placement left at "auto" is bf16 on `device`. Raises ConfigError if the weights cannot be had or
-    do not fit.
+    in. With base "fp8" the blocks' linear layers are Fp8Linear, with "nf4" Linear4bit, rounded one
+    by one. With `model.placement` host the blocks' matrices are in host memory and `device` sees
+    them in turn. With `spread` each process reads no more than its part; all of them must call it.
+    "nf4" goes with neither. A base or placement left at "auto" is bf16 on `device`. Raises
+    ConfigError if the weights cannot be had or do not fit.
     """
     hosted = ("blocks.", stream_transformer) if model.placement == "host" else None
     return _load(model, PART_OF[expert], device, new_transformer, _transformer_keys, hosted, spread)
@@ -116,7 +117,7 @@ def blank_transformer(model: ModelConfig, expert: str) -> WanTransformer3DModel:
     """What `load_transformer` gives with all weights on one device, number formats included, on
     the meta device. A base left at "auto" is bf16."""
     module = meta_transformer(model, expert)
-    rounded = fp8.swap_on_meta(module) if model.base == "fp8" else set()
+    rounded = _swap_on_meta(module, model.base)
     for name, parameter in module.named_parameters():
         kept = name in rounded | set(map(_scale_of, rounded)) or _kept_fp32(module, name)
         if not kept:
@@ -128,9 +129,9 @@ def transformer_bytes(model: ModelConfig, expert: str) -> int:
     """Memory of `load_transformer`'s weights in `model.base`, without loading them."""
     module = meta_transformer(model, expert)
     values, bytes_ = sum(p.numel() for p in module.parameters()), 0
-    if model.base == "fp8":
-        rounded, scale_bytes = fp8.quantised_bytes(module)
-        values, bytes_ = values - rounded, rounded + scale_bytes
+    if model.base in _ROUNDED:
+        rounded, bytes_ = _ROUNDED[model.base].quantised_bytes(module)
+        values -= rounded
     return bytes_ + values * _DTYPE[model.base].itemsize
 
 
@@ -183,10 +184,10 @@ def _load(
     device, dtype = torch.device(device), _DTYPE[model.base]
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # threads have another current
-    in_fp8 = model.base == "fp8" and part.startswith("transformer")
-    if in_fp8:
+    base = model.base if part.startswith("transformer") else "bf16"  # nothing else is rounded
+    if base == "fp8":
         fp8.check_device(device)
-    ways = device, dtype, hosted, spread, in_fp8
+    ways = device, dtype, hosted, spread, base
     if model.init == "random":
         module = _on_meta(new, architecture(model.variant, part))
         names = [name for name, _ in module.named_parameters()]
@@ -301,15 +302,17 @@ class _Places:
         dtype: torch.dtype,
         hosted: Hosted | None,
         spread: Spread | None,
-        in_fp8: bool,
+        base: str,
     ) -> None:
         self.module, self.names, self.device, self.dtype = module, names, device, dtype
-        self.rounded = fp8.swap_on_meta(module) if in_fp8 else set()
+        whole = module.state_dict()
+        self.shapes = {name: whole[name].shape for name in names}
+        self.base, self.rounded = base, _swap_on_meta(module, base)
         prefix, stream = hosted or (None, None)
         meta, state = module.state_dict(), {}
-        self.shapes = {name: meta[name].shape for name in names}
         for name in names:
-            for key in (name, _scale_of(name)) if name in self.rounded else (name,):
+            scaled = base == "fp8" and name in self.rounded
+            for key in (name, _scale_of(name)) if scaled else (name,):
                 like = meta[key] if name in self.rounded else meta[key].to(self.dtype_of(name))
                 if stream and key.startswith(prefix) and like.ndim == 2:
                     state[key] = stand_in(like, device)
@@ -345,6 +348,9 @@ class _Places:
         """Round whole rows, all that are wanted here, into their places."""
         width = self.shapes[name][1]
         rows = values.view(-1, width)
+        if self.base == "nf4":
+            nf4.put(self.module.get_submodule(name.removesuffix(".weight")), rows)
+            return
         step = max(1, ROUNDED_VALUES // width)
         for row in range(0, len(rows), step):
             weight, scale = fp8.quantise_rows(rows[row : row + step])
@@ -395,6 +401,12 @@ def _draw(places: _Places, part: str) -> nn.Module:
         else:
             fill(places.spans(name), 0, ours)
     return places.module
+
+
+def _swap_on_meta(module: nn.Module, base: str) -> set[str]:
+    """Give a module without memory the layers of its base; the names of weights that are rounded
+    when they come."""
+    return _ROUNDED[base].swap_on_meta(module) if base in _ROUNDED else set()
 
 
 def _scale_of(name: str) -> str:

@@ -141,13 +141,14 @@ def _check_fit(transformer: nn.Module, state: dict[str, Tensor], path: Path) -> 
         if a is None or b is None:
             raise ConfigError(f"{path}: {name} has lora_A or lora_B but not both")
         base = getattr(modules[name], "base_layer", modules[name])
-        weight = base.weight
+        linear = isinstance(base, nn.Linear)  # whose weight may be packed
+        shape = (base.out_features, base.in_features) if linear else tuple(base.weight.shape)
         if a.shape[0] != b.shape[1]:
             raise ConfigError(
                 f"{path}: {name} has rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B"
             )
-        if (b.shape[0], *a.shape[1:]) != tuple(weight.shape):
+        if (b.shape[0], *a.shape[1:]) != shape:
             raise ConfigError(
                 f"{path}: made for another model: {name} is {(b.shape[0], *a.shape[1:])} there "
-                f"and {tuple(weight.shape)} here"
+                f"and {shape} here"
             )

@@ -138,6 +138,8 @@ def resolve_beside(cfg: Config, device: torch.device, phase: str) -> Config:
         return changed(cfg, {key: WITHOUT_GPU[key] for key in open_keys})
     card = card_here(World(0, 1, device, cfg.parallel.gpu_memory_gib))
     level = {"train.checkpointing": "full", "train.kept_blocks": None, "train.host_blocks": 0}
+    if phase == "precompute" and cfg.model.base == "nf4":
+        level["model.base"] = "bf16"  # what its encoders have anyway, and can be streamed in
     one = changed(with_engine(cfg, "plain"), level)
     plans = sorted(candidates(one, card), key=preference)
 

@@ -60,6 +60,7 @@ _PRODUCTS = {  # operator -> position of its left matrix
     torch.ops.aten.linear.default: 0,
     torch.ops.aten._scaled_mm.default: 0,
 }
+_IN_4_BITS = "bitsandbytes::gemm_4bit"  # by name, as it is there only once that is imported
 
 
 def prepare_blocks(
@@ -182,13 +183,13 @@ def _keep_matmuls():
 
 
 for _level in (_keep_attention, _keep_matmuls):  # what torch's compile cache knows them by
-    _level.cache_hash = f"tempolora.train.blocks.{_level.__name__}.1"
+    _level.cache_hash = f"tempolora.train.blocks.{_level.__name__}.2"
 
 
 def _policy(worth: int | None) -> Callable[..., CheckpointPolicy]:
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in _PRODUCTS:
-            left = args[_PRODUCTS[op]]
+        if op in _PRODUCTS or op.name() == _IN_4_BITS:
+            left = args[_PRODUCTS.get(op, 0)]
             channels = left.shape[-1]
             rows = left.numel() // channels
             # few rows, many channels: the text's keys and values cost next to nothing to keep

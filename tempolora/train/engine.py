@@ -49,6 +49,8 @@ def choose_engine(cfg: Config, world: World) -> str:
         engine, why = "plain", "there is one process"
     elif needs_whole_model(cfg):
         engine, why = "ddp", "model.placement host and checkpointing offload shard nothing"
+    elif cfg.model.base == "nf4":
+        engine, why = "ddp", "nf4 weights are not sharded"
     elif fitting(with_engine(cfg, "ddp"), card_here(world)):
         engine, why = "ddp", "the base is predicted to fit on every device"
     else:

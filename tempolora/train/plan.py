@@ -208,7 +208,9 @@ class _Step:
         if self.settings.engine in SHARDED and not stage_2 and self.gpus > 1:
             shared_by = sharers_of(self.cfg, self.gpus)
             return work.weights(base) / shared_by + 2 * work.block_weights(base)
-        return work.weights(base)
+        # A product of 4-bit weights restores its own; the widest in bf16.
+        restored = BF16 * work.width * work.ffn if base == "nf4" else 0
+        return work.weights(base) + restored
 
     def _graphs(self) -> float:
         """Forward passes whose graphs live at the same time, in passes of the whole clip."""
@@ -327,7 +329,8 @@ class _Step:
     def _compute(self, flops: Flops, again: Flops, backward: bool) -> float:
         """Seconds of products, attention and everything between them, one after the other."""
         values, gpu, work = self.values, self.gpu, self.work
-        slower = {"fp8": values["fp8_time"], "fp32": 12.0}.get(self.settings.base, 1.0)
+        times = {"fp8": values["fp8_time"], "nf4": values["nf4_time"], "fp32": 12.0}
+        slower = times.get(self.settings.base, 1.0)
         linear = flops.linear_forward + flops.linear_backward + again.linear_forward
         seconds = slower * linear / gpu.matmul
         seconds += (flops.attention_forward + again.attention_forward) / gpu.attention_forward
@@ -463,6 +466,8 @@ def _possible(engine: str, base: str, placement: str, level: str) -> bool:
         return False
     if engine in SHARDED and level == "offload":
         return False
+    if base == "nf4" and (engine in SHARDED or placement == "host"):
+        return False
     return not (engine == "deepspeed" and base == "fp8")
 
 
@@ -556,6 +561,8 @@ def _changes(cfg: Config, card: Card) -> Iterator[dict[str, Any]]:
     if train.compile is False:
         free["train.compile"] = True
         yield free
+    if cfg.model.base == "nf4":  # which cannot be streamed
+        yield free | {"model.base": "bf16"}
     if cfg.model.base != "fp8":
         yield free | {"model.base": "fp8"}
     if train.batch_size > 1:

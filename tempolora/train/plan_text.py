@@ -59,10 +59,13 @@ class Report:
         """Where the seconds come from."""
         gpu = self._card.gpu
         if not self._named:
-            return "seconds are those of an H200, as no --gpu is named"
-        if gpu.measured:
-            return f"seconds are those of an {gpu.name}, whose rates were measured"
-        return f"seconds are an estimate for an {gpu.name}, from its data sheet"
+            found = "seconds are those of an H200, as no --gpu is named"
+        elif gpu.measured:
+            found = f"seconds are those of an {gpu.name}, whose rates were measured"
+        else:
+            found = f"seconds are an estimate for an {gpu.name}, from its data sheet"
+        guessed = self._plan.settings.base == "nf4"
+        return f"{found}; nf4 is taken to be as fast as bf16, not measured" if guessed else found
 
     @property
     def advice(self) -> str:

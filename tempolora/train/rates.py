@@ -47,6 +47,12 @@ CONSTANTS = {
         "H200, products of the A14B's shapes: 1.39 to 1.54 PFLOP/s",
         False,
     ),
+    "nf4_time": Constant(
+        1.0,
+        "of a bf16 product's",
+        "not measured: to restore a weight is to write it once for a product over all tokens",
+        False,
+    ),
     "exposed": Constant(0.0255, "of a transfer", f"{_T2V}, offload and host: 9.50 s"),
     "slack_gib": Constant(0.1, "GiB", "the allocator's rounding; not measured apart", False),
     "context_gib": Constant(0.3, "GiB", "not measured: CUDA context, outside of the peak", False),

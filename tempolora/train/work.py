@@ -18,6 +18,7 @@ from tempolora.variants import TEXT_TOKENS
 
 FREQ_DIM = 256  # of the sinusoidal time embedding
 BF16, FP32 = 2, 4
+NF4 = 1 / 2 + 1 / 64 + FP32 / (64 * 256)  # magnitudes of 64 values, and scales of 256 of these
 SMALLEST_8BIT = 4096  # bitsandbytes keeps the states of smaller tensors in fp32
 SELF, CROSS = "attn1", "attn2"
 UP, DOWN = "ffn.net.0.proj", "ffn.net.2"
@@ -93,6 +94,8 @@ class Work:
         kept_fp32 = FP32 * (2 + 6) * self.width  # norm2 and the modulation table
         if base == "fp8":
             return matrices + FP32 * outputs + others + kept_fp32
+        if base == "nf4":
+            return NF4 * matrices + others + kept_fp32
         size = FP32 if base == "fp32" else BF16
         return size / BF16 * (BF16 * matrices + others) + kept_fp32
 
