@@ -252,6 +252,16 @@ def test_the_command_prints_a_table_and_writes_the_same_for_machines(tmp_path, c
     assert len(chosen) == 1 and "selective" in chosen[0]
 
 
+@pytest.mark.parametrize("gpus", ["1", "2"])
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
+)
+def test_every_config_that_is_shipped_can_be_planned(name, gpus, capsys):
+    config = ["--config", str(ROOT / "configs" / f"{name}.json")]
+    assert cli.main(["plan", *config, "--gpu-memory", "24", "--gpus", gpus]) == 0
+    assert "it fits" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_ends_with_1_and_says_what_to_set(capsys):
     assert plan("--gpu-memory", "24", "--gpu", "rtx 4090", sets=["model.placement=gpu"]) == 1
     page = capsys.readouterr().out

@@ -45,7 +45,9 @@ def part_of(card: Card, gpus: int) -> Card:
 def seconds(cfg: Config, expert: str, gpus: int, card: Card) -> float:
     """Predicted seconds to train one expert on some of the card's GPUs; infinite where it does not
     fit there."""
-    keys = {"model.expert": expert, "parallel.expert_split": "auto"}
+    keys = {"parallel.expert_split": "auto"}
+    if len(cfg.experts) > 1:
+        keys["model.expert"] = expert
     if expert == "high":  # it has no rollouts
         keys["rhythm.rollout_every"] = 0
     one = changed(with_engine(cfg, "deepspeed") if uses_deepspeed(cfg) else cfg, keys)
