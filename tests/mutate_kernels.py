@@ -248,7 +248,7 @@ def main() -> int:
         folder = Path(temporary)
         shutil.copytree(ROOT / "tempolora", folder / "tempolora")
         (folder / "tests").mkdir()
-        for name in ("conftest.py", "test_kernels.py"):
+        for name in ("conftest.py", "ranks.py", "test_kernels.py"):
             shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
         failed, seconds = fails(folder)
