@@ -188,8 +188,9 @@ class TrainConfig(_Section):
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
     """Gradient checkpointing: none; selective: attention's outputs are kept in every transformer
     block, and those of all matrix products in `kept_blocks` of them; full: every block is
-    recomputed; offload: every third of a block is, from an input kept in pinned host memory. auto:
-    the fastest that is predicted to fit, and full without a GPU."""
+    recomputed; offload: thirds of blocks are, one at a time, from inputs in pinned host memory,
+    where self-attention's output is kept too. auto: the fastest that is predicted to fit, and full
+    without a GPU."""
     kept_blocks: Count | None = None
     """Blocks that keep the outputs of their matrix products under checkpointing "selective"; by
     default as many as the GPU's free memory allows."""

@@ -4,19 +4,22 @@ The reference is the model that lies on the device as a whole, with full checkpo
 """
 
 import json
+from collections import Counter
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, overrides
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tempolora.config import ConfigError, load_config
 from tempolora.launched import check_engine
 from tempolora.model import wan
 from tempolora.model.offload import HostMemory, Lane, StreamedWeights
-from tempolora.model.parts import whole
+from tempolora.model.parts import in_parts, whole
 from tempolora.train import recompute
 from tempolora.train.engine import build_engine, choose_engine
 from tempolora.train.recompute import KeptInputs
@@ -178,6 +181,48 @@ def test_compiled_parts_are_compiled_once_for_all_blocks(settings, reference):
         assert (compiled[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[op.__name__.split(".")[0]] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [OFFLOAD, BOTH], ids=["offload", "both"])
+def test_self_attention_goes_forward_once_and_backward_once(settings, tinywan):
+    """Its output and the sums of its rows are in host memory; that to the text is repeated."""
+    cfg = toy(*settings)
+    engine, _ = trained(cfg)
+    blocks, forward = len(engine.transformer.blocks), "_scaled_dot_product_flash_attention_for_cpu"
+    with Operators() as seen:
+        loss = wan.predict_velocity(engine.transformer, *inputs(cfg)).mean()
+        assert seen.counts[forward] == 2 * blocks
+        engine.backward(loss)
+    assert seen.counts[forward] == 3 * blocks
+    assert seen.counts[f"{forward}_backward"] == 2 * blocks
+
+
+def test_each_block_keeps_three_tensors_and_the_sums_of_its_attention(tinywan):
+    cfg = toy(*OFFLOAD)
+    engine, _ = trained(cfg)
+    latents, *rest = inputs(cfg)
+    loss = wan.predict_velocity(engine.transformer, latents, *rest).mean()
+    config = engine.transformer.config
+    tokens = latents[0, 0].numel() // prod(config.patch_size)
+    heads = config.num_attention_heads
+    width = heads * config.attention_head_dim
+    kept = [one() for group in engine.transformer.kept_inputs._stack for one in group]
+    sizes = [sum(map(len, one._spans)) for one in kept]
+    each = 4 * tokens * (3 * width + heads)
+    assert sum(sizes) == each * len(engine.transformer.blocks)
+    del loss
+
+
 # --- What is where, and when ----------------------------------------------------------------------
 
 
@@ -271,22 +316,23 @@ def test_host_memory_is_cut_from_pieces_with_no_gap(monkeypatch):
 
 def test_inputs_come_back_whole_and_their_buffers_are_used_again():
     pool = KeptInputs(CPU, (LateLane(), LateLane()))
-    xs = [torch.randn(4, 7) for _ in range(3)]
-    kept = [pool.keep(x) for x in xs]
-    buffers = {kept[n]._spans[0].data_ptr() for n in range(3)}
-    kept[2].fetch()
-    pool.prefetch(since=kept[2])
-    assert kept[1]._x is not None and kept[0]._x is None  # one ahead
+    xs = [torch.randn(4, 7) for _ in range(5)]
+    together = [xs[:1], xs[1:3], xs[3:]]
+    kept = [pool.keep(*group) for group in together]
+    buffers = {one._spans[0].data_ptr() for group in kept for one in group}
     for n in (2, 1, 0):
-        assert torch.equal(kept[n].take(), xs[n])
+        for want, got in zip(together[n], pool.take_back(kept[n]), strict=True):
+            assert torch.equal(got, want)
+        ahead = [one._x is not None for group in kept[:n] for one in group]
+        assert ahead == {2: [False, True, True], 1: [True], 0: []}[n]  # those of one before it
     with pytest.raises(AssertionError, match="second time"):
-        kept[0].take()
+        pool.take_back(kept[0])
     dropped = pool.keep(xs[0])
     del dropped
     again = [pool.keep(x) for x in xs]
-    assert {k._spans[0].data_ptr() for k in again} == buffers
-    for k, x in zip(again, xs, strict=True):
-        assert torch.equal(k.take(), x)
+    assert {one._spans[0].data_ptr() for (one,) in again} == buffers
+    for one, x in zip(reversed(again), reversed(xs), strict=True):
+        assert torch.equal(*pool.take_back(one), x)
 
 
 # --- Without a gradient ---------------------------------------------------------------------------
@@ -310,6 +356,7 @@ def test_a_block_in_thirds_is_the_block_to_the_bit(variant, tinywan):
         )
         x, *rest = seen[0]
         want = type(block).forward(block, x, *rest)
+        in_parts(block)
         assert torch.equal(whole(block, x, *rest), want)
 
 

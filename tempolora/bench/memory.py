@@ -26,7 +26,8 @@ ROWS = {
     "reference": ("train.checkpointing=full", "model.placement=gpu"),
     "7.3": ("model.placement=host", "train.checkpointing=offload", "parallel.gpu_memory_gib=7.3"),
     "12": ("model.placement=host", "train.checkpointing=offload", "parallel.gpu_memory_gib=12"),
-    "24": ("model.placement=host", "train.checkpointing=full", "parallel.gpu_memory_gib=24"),
+    "24": ("model.placement=host", "train.checkpointing=offload", "parallel.gpu_memory_gib=24"),
+    "24-full": ("model.placement=host", "train.checkpointing=full", "parallel.gpu_memory_gib=24"),
 }
 """Settings of each row; a cap is in GiB."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempolora.model.parts import THIRDS, thirds_of
+from tempolora.model.parts import attend, feed_forward, in_parts, mix, project, thirds_of
 
 CHUNK = 2**28  # bytes; torch rounds a pinned allocation up to a power of two, so these are ones
 ALIGNED = 256  # bytes; every matrix begins at a multiple, as compiled kernels expect
@@ -301,17 +301,21 @@ def stream_transformer(transformer: nn.Module, device: torch.device) -> Streamed
     transformer.streamed = StreamedWeights(units, device)
     move(transformer, device)
     for n, block in enumerate(transformer.blocks):
-        block.forward = _in_thirds(block, n, transformer.streamed)
+        in_parts(block)
+        block.forward = _in_thirds(block, 3 * n, transformer.streamed)
     return transformer.streamed
 
 
-def _in_thirds(block: nn.Module, n: int, weights: StreamedWeights) -> Callable[..., Tensor]:
+def _in_thirds(block: nn.Module, first: int, weights: StreamedWeights) -> Callable[..., Tensor]:
     def forward(x_BLD: Tensor, *rest: Any) -> Tensor:
         assert not torch.is_grad_enabled(), "a streamed block alone has no backward pass"
-        for unit, part in enumerate(THIRDS, start=len(THIRDS) * n):
-            with weights.resident([unit], then=[(unit + 1) % len(weights)]):
-                x_BLD = part(block, x_BLD, *rest)
-        return x_BLD
+        with weights.resident([first], then=[first + 1]):
+            given = project(block, x_BLD, *rest)
+        out_BNLE = attend(*given)
+        with weights.resident([first + 1], then=[first + 2]):
+            x_BLD = mix(block, x_BLD, out_BNLE, *rest)
+        with weights.resident([first + 2], then=[(first + 3) % len(weights)]):
+            return feed_forward(block, x_BLD, *rest)
 
     return forward
 

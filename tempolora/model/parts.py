@@ -1,34 +1,52 @@
-"""A Wan block as three functions in a row, so that less than a block can be held at a time.
+"""A Wan block as functions in a row, so that less than a block can be held at a time.
 
-    x -> self_attention -> cross_attention -> feed_forward
+    x -> project -> attend -> mix -> feed_forward
 
-Each is `(block, x_BLD, text_BLD, temb, rope) -> x_BLD` and together they are the block's own
-forward, line for line (diffusers `transformer_wan.py: WanTransformerBlock.forward`).
+    project       x to query, key and value of self-attention
+    attend        these to its output; no weights
+    mix           x and that output to x with both attentions added
+    feed_forward  x with the MLP added
 
-Shapes: B batch, L token, D width. temb: (B, 6, D), or (B, L, 6, D) with a time for each token.
+Together they are the block's own forward, line for line (diffusers `transformer_wan.py:
+WanTransformerBlock.forward`). Blocks must have been given `SelfAttention` (`in_parts`).
+
+Shapes: B batch, L token, D width, N head, E channel of a head. temb: (B, 6, D), or (B, L, 6, D)
+with a time for each token.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attend
 
-Part = Callable[..., Tensor]
+from tempolora.model.quick_parts import SelfAttention
+
+Part = Callable[..., Any]
 
 
-def self_attention(
+def in_parts(block: nn.Module) -> None:
+    """Have a block's self-attention come apart."""
+    if not isinstance(block.attn1.processor, SelfAttention):
+        block.attn1.set_processor(SelfAttention())
+
+
+def project(
     block: nn.Module, x_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
-) -> Tensor:
-    """x plus gated self-attention of the modulated norm of x."""
-    shift, scale, gate = _modulation(block, temb)[:3]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, (B, N, L, E), of the modulated norm of x."""
+    shift, scale, _ = _modulation(block, temb)[:3]
     normed = (block.norm1(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
-    return (x_BLD.float() + block.attn1(normed, None, None, rope) * gate).type_as(x_BLD)
+    return block.attn1.processor.project(block.attn1, normed, rope)
 
 
-def cross_attention(
-    block: nn.Module, x_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
+def mix(
+    block: nn.Module, x_BLD: Tensor, out_BNLE: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
 ) -> Tensor:
-    """x plus attention of its norm to the text."""
+    """x plus gated self-attention, whose output is given, and attention to the text."""
+    gate = _modulation(block, temb)[2]
+    attended_BLD = block.attn1.processor.finish(block.attn1, out_BNLE)
+    x_BLD = (x_BLD.float() + attended_BLD * gate).type_as(x_BLD)
     normed = block.norm2(x_BLD.float()).type_as(x_BLD)
     return x_BLD + block.attn2(normed, text_BLD, None, None)
 
@@ -42,19 +60,20 @@ def feed_forward(
     return (x_BLD.float() + block.ffn(normed).float() * gate).type_as(x_BLD)
 
 
-THIRDS: tuple[Part, ...] = (self_attention, cross_attention, feed_forward)
-
-
-def whole(block: nn.Module, x_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any) -> Tensor:
-    """All of THIRDS, one after the other."""
-    for part in THIRDS:
-        x_BLD = part(block, x_BLD, text_BLD, temb, rope)
-    return x_BLD
+def whole(block: nn.Module, x_BLD: Tensor, *rest: Any) -> Tensor:
+    """All of them."""
+    x_BLD = mix(block, x_BLD, attend(*project(block, x_BLD, *rest)), *rest)
+    return feed_forward(block, x_BLD, *rest)
 
 
 def thirds_of(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The module that holds the matrices of each of THIRDS."""
-    return block.attn1, block.attn2, block.ffn
+    """What holds the matrices of project, of mix and of feed_forward: thirds of a block."""
+    first, second = block.attn1, block.attn2
+    return (
+        nn.ModuleList([first.to_q, first.to_k, first.to_v]),
+        nn.ModuleList([first.to_out, second]),
+        block.ffn,
+    )
 
 
 def _modulation(block: nn.Module, temb: Tensor) -> tuple[Tensor, ...]:

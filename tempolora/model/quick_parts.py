@@ -63,16 +63,29 @@ class SelfAttention:
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As diffusers' processors are called."""
+        out_BNLE = F.scaled_dot_product_attention(*self.project(attn, x_BLD, rope))
+        return self.finish(attn, out_BNLE)
+
+    def project(
+        self, attn: nn.Module, x_BLD: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, N, L, E)."""
         query = attn.norm_q(attn.to_q(x_BLD)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(x_BLD)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(x_BLD).unflatten(2, (attn.heads, -1))
-        out_BLD = self.attend(rotate(query, *rope), rotate(key, *rope), value).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out_BLD))
+        return self.heads(rotate(query, *rope)), self.heads(rotate(key, *rope)), self.heads(value)
 
-    def attend(self, *given_BLNE: Tensor) -> Tensor:
-        """Attention of query, key and value, (B, L, D)."""
-        given_BNLE = (x.transpose(1, 2) for x in given_BLNE)
-        return F.scaled_dot_product_attention(*given_BNLE).transpose(1, 2).flatten(2)
+    def finish(self, attn: nn.Module, out_BNLE: Tensor) -> Tensor:
+        """What attention came to, through the last linear layer, (B, L, D)."""
+        return attn.to_out[1](attn.to_out[0](self.tokens(out_BNLE)))
+
+    def heads(self, x_BLNE: Tensor) -> Tensor:
+        """(B, N, L, E), as attention takes it."""
+        return x_BLNE.transpose(1, 2)
+
+    def tokens(self, out_BNLE: Tensor) -> Tensor:
+        """(B, L, D) of what it gives."""
+        return out_BNLE.transpose(1, 2).flatten(2)
 
 
 class TextAttention:

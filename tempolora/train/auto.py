@@ -141,7 +141,7 @@ def resolve_beside(cfg: Config, device: torch.device, phase: str) -> Config:
     if phase == "precompute" and cfg.model.base == "nf4":
         level["model.base"] = "bf16"  # what its encoders have anyway, and can be streamed in
     one = changed(with_engine(cfg, "plain"), level)
-    plans = sorted(candidates(one, card), key=preference)
+    plans = sorted(candidates(one, card), key=preference(one))
 
     def peak(settings: Settings) -> float:
         peaks = other_peaks(one, settings)
@@ -180,7 +180,7 @@ class MemoryAdvice:
 
     def sentence(self) -> str:
         """What happened and what to set."""
-        now = min(candidates(self._cfg, self._card), key=preference)
+        now = min(candidates(self._cfg, self._card), key=preference(self._cfg))
         keys = {"train.checkpointing": now.settings.checkpointing}
         if now.settings.checkpointing == "selective":
             keys["train.kept_blocks"] = now.settings.kept_blocks

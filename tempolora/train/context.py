@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tempolora.config import Config
 from tempolora.model.quick_parts import SelfAttention
@@ -114,17 +113,12 @@ class SharedAttention(SelfAttention):
     def __init__(self, context: Context) -> None:
         self._size, self._name = context.size, context.group.group_name
 
-    def attend(self, *given_BLNE: Tensor) -> Tensor:
-        """Attention of query, key and value of our tokens to those of all, (B, L, D)."""
-        out_BNLE = F.scaled_dot_product_attention(*map(self._to_heads, given_BLNE))
-        return self._to_tokens(out_BNLE)
-
-    def _to_heads(self, x_BLNE: Tensor) -> Tensor:
+    def heads(self, x_BLNE: Tensor) -> Tensor:
         """All heads of our tokens -> (B, N / size, L * size, E): our heads of all tokens."""
         sent = rearrange(x_BLNE, "b l (p n) e -> (p l) b n e", p=self._size)
         return rearrange(self._exchange(sent), "l b n e -> b n l e")
 
-    def _to_tokens(self, x_BNLE: Tensor) -> Tensor:
+    def tokens(self, x_BNLE: Tensor) -> Tensor:
         """Our heads of all tokens -> (B, L, D): all heads of our tokens."""
         received = self._exchange(rearrange(x_BNLE, "b n l e -> l b n e"))
         return rearrange(received, "(p l) b n e -> b l (p n e)", p=self._size)

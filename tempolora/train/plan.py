@@ -9,7 +9,7 @@ D width, F width of the feed-forward layers.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -224,7 +224,7 @@ class _Step:
         log_sum_exp = FP32 * work.all_tokens * work.heads
         text = 2 * BF16 * work.batch * TEXT_TOKENS * work.width  # keys and values
         if level == "offload":
-            return self._values(2)  # a third's input, and the one being fetched or sent
+            return self._values(3)  # the MLP's input, and x and attention's output being fetched
         if level == "full":
             return self.trained_blocks * self._values(1)
         if level == "none":
@@ -237,6 +237,11 @@ class _Step:
         here = min(2, hosted) * self._block("matmuls")
         others = self.trained_blocks - hosted
         return others * self._block("attention") + kept * self.kept_block_bytes + here
+
+    def _sent(self) -> float:
+        """Bytes that a block keeps in host memory by thirds: its input, self-attention's output and
+        the sums of its rows, the MLP's input."""
+        return self._values(3) + FP32 * self.work.all_tokens * self.work.heads
 
     def _whole_blocks(self) -> tuple[int, int]:
         """Blocks that repeat no product: (on the GPU, on the host)."""
@@ -305,7 +310,7 @@ class _Step:
         if self.settings.placement == "host":
             pinned += self.work.blocks * self.work.block_matrices(self.settings.base)
         if self.by_thirds:
-            pinned += self._graphs() * self.trained_blocks * self._values(3)
+            pinned += self._graphs() * self.trained_blocks * self._sent()
         _, hosted = self._whole_blocks()
         return pinned + self._graphs() * hosted * self._block("matmuls")
 
@@ -354,7 +359,7 @@ class _Step:
         if level == "none":
             return Flops()
         one = self.work.block_flops(self.work.adapted[0], entered=True)
-        if level == "selective":
+        if level in ("selective", "offload"):
             return Flops(linear_forward=(blocks - sum(self._whole_blocks())) * one.linear_forward)
         return Flops(blocks * one.linear_forward, 0, blocks * one.attention_forward, 0)
 
@@ -365,7 +370,7 @@ class _Step:
             passes = self.work.blocks + self.trained_blocks
             moved += passes * self.work.block_matrices(self.settings.base)
         if self.by_thirds:
-            moved += 2 * self.trained_blocks * self._values(3)
+            moved += 2 * self.trained_blocks * self._sent()
         _, hosted = self._whole_blocks()
         return moved + 2 * hosted * self._block("matmuls")
 
@@ -491,16 +496,22 @@ def _with_kept_blocks(cfg: Config, work: Work, settings: Settings, card: Card) -
     return step(none.most_kept_blocks(card.room - parts["weights"] - parts["LoRA"])).plan()
 
 
-def preference(plan: Plan) -> tuple[int, float]:
-    """Smaller is better: all on the GPU before what streams weights or inputs, then seconds. fp8
-    changes numbers, and comes after bf16 on the GPU."""
-    settings = plan.settings
-    return 2 * settings.streamed + (settings.base == "fp8"), plan.seconds
+def preference(cfg: Config) -> Callable[[Plan], tuple[int, float]]:
+    """Smaller is better: seconds; where the base is open too, fp8, which changes numbers, comes
+    after bf16 on the GPU and before bf16 that is streamed there."""
+
+    def order(plan: Plan) -> tuple[int, float]:
+        settings = plan.settings
+        if cfg.model.base != "auto":
+            return 0, plan.seconds
+        return 2 * (settings.placement == "host") + (settings.base == "fp8"), plan.seconds
+
+    return order
 
 
 def fitting(cfg: Config, card: Card) -> list[Plan]:
     """The plans that fit, best first."""
-    return sorted((p for p in candidates(cfg, card) if card.holds(p)), key=preference)
+    return sorted((p for p in candidates(cfg, card) if card.holds(p)), key=preference(cfg))
 
 
 def smallest(cfg: Config, card: Card) -> Plan:

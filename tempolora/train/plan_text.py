@@ -41,7 +41,7 @@ class Report:
         plans = fitting(cfg, card)
         self.fits = bool(plans)
         self._plan = plans[0] if plans else smallest(cfg, card)
-        self._all = sorted(candidates(cfg, card), key=preference)
+        self._all = sorted(candidates(cfg, card), key=preference(cfg))
         self._next = None if plans else next_setting(cfg, card)
 
     @property

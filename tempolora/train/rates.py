@@ -31,7 +31,8 @@ CONSTANTS = {
     "thirds_flight": Constant(
         1.0,
         "of 13 D, or 3 D + 4 F if that is more",
-        f"{_T2V}, offload and host: 6.09 GiB allocated, 7.23 reserved under a cap of 7.3",
+        f"{_T2V}, offload and host, before attention's output was kept and 1 D more fetched ahead: "
+        "6.09 GiB allocated, 7.23 reserved under a cap of 7.3",
         False,
     ),
     "fp8_flight": Constant(0.5, "F", "not measured: the widest tensor in 8 bits beside itself"),
@@ -53,7 +54,7 @@ CONSTANTS = {
         "not measured: to restore a weight is to write it once for a product over all tokens",
         False,
     ),
-    "exposed": Constant(0.0255, "of a transfer", f"{_T2V}, offload and host: 9.50 s"),
+    "exposed": Constant(0.047, "of a transfer", f"{_T2V}, full and host: 9.49 s"),
     "slack_gib": Constant(0.1, "GiB", "the allocator's rounding; not measured apart", False),
     "context_gib": Constant(0.3, "GiB", "not measured: CUDA context, outside of the peak", False),
     "sample_flight": Constant(

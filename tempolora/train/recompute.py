@@ -1,43 +1,51 @@
-"""Checkpointing of our own for weights that come and go: nothing lasts from forward to backward
-but each part's input.
+"""Checkpointing of our own for weights that come and go: little lasts from forward to backward.
 
-A part is a block or a third of one (`tempolora.model.parts`). Its forward runs without a gradient;
-its backward fetches weights and input, runs it again with one and goes back through that at once,
-so that no graph ever refers to weights that have left. What stands inside a part may be compiled.
-Inputs stay on the GPU, or go to pinned host memory and come back one part ahead of their use.
+A block is recomputed as a whole, from its input on the GPU, or by thirds (`tempolora.model.parts`):
+
+    x -> project, attend -> out        x, out -> mix -> y        y -> feed_forward
+
+x, out and y then go to pinned host memory and come back one third ahead of their use. A forward
+runs without a gradient; a backward fetches weights and inputs, runs it again with one and goes back
+through that at once, so that no graph ever refers to weights that have left. Attention alone, the
+dearest of all by far, is not run again (`tempolora.train.attended`). Parts may be compiled.
 
 Memory of the A14B at 49x576x1024 (29,952 tokens, bf16, rank 16 on self-attention), counted in
-tensors (tokens, 5120) of 0.29 GiB while self-attention, the largest third, goes backward:
+tensors (tokens, 5120) of 0.29 GiB while the MLP, the largest third, goes backward:
 
-    its input, q and k before their norm, q, k, v, the output of attention    7
-    incoming gradient, that of attention's output, of q, k, v                 5
-    attention's own float32 sums                                              2
-    the next part's input                                                     1
-    together                                                                 15   4.3 GiB
-    three slots of 0.26 GiB for thirds of blocks                                  0.8 GiB
-    weights outside the matrices of the blocks                                    0.5 GiB
-    adapters, their gradients and optimizer states                                0.4 GiB
-    in all                                                                        6.0 GiB
+    its input, the norm of it, the incoming gradient and its own            4
+    of 2.7 each: the hidden layer before and after its activation, the
+    gradients of both                                                      11
+    x and out of attention, being fetched                                   2
+    together                                                               17   4.8 GiB
+    three slots of 0.26 GiB for thirds of blocks                                0.8 GiB
+    weights outside the matrices of the blocks                                  0.5 GiB
+    adapters, their gradients and optimizer states                              0.4 GiB
+    in all                                                                      6.5 GiB
 
-The MLP: its input and gradients 4, of 2.7 each the hidden layer before and after its activation and
-the gradients of both: 15 as well. A whole block at a time needs about 24 and six slots: 9.6 GiB.
-Measured on an H200: 6.1 GiB allocated, 7.2 reserved under a cap of 7.3 (docs/performance.md).
+While attention goes backward: x, out, q and k before their norm, q, k, v 7; the gradients of x,
+out, q, k, v 5; its float32 sums 2; y of the block before 1: 15. A whole block at a time needs about
+24 and six slots: 9.6 GiB. When the next third's input alone was fetched (16 of the above), and
+attention repeated, an H200 had 6.1 GiB allocated and 7.2 reserved under a cap of 7.3.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
+from tempolora.model import parts
 from tempolora.model.offload import HostMemory, Lane, StreamedWeights, as_bytes, beside
-from tempolora.model.parts import THIRDS, Part, thirds_of, whole
+from tempolora.model.parts import Part, attend, in_parts, thirds_of
+from tempolora.train.attended import Attended
 
-Resident = Callable[[int, int], AbstractContextManager]
-"""Makes the weights of a part usable, given its number and that of the part that follows."""
+THIRDS = 3  # of a block
+Resident = Callable[[Iterable[int], Iterable[int]], AbstractContextManager]
+"""Makes thirds of blocks usable, by their numbers in the model, and fetches those that follow."""
 
 
 class KeptInputs:
@@ -48,27 +56,32 @@ class KeptInputs:
         self.out, self.back = lanes or (Lane(device), Lane(device))
         self._memory = HostMemory(device)
         self._free: dict[int, list[tuple[list[Tensor], Any]]] = {}
-        self._stack: list[weakref.ref[KeptInput]] = []
+        self._stack: list[list[weakref.ref[KeptInput]]] = []
 
     @property
     def host_bytes(self) -> int:
         """Host memory that is held."""
         return self._memory.taken
 
-    def keep(self, x: Tensor) -> "KeptInput":
-        """Begin to copy x to the host."""
-        kept = KeptInput(self, x)
-        self._stack.append(weakref.ref(kept))
+    def keep(self, *xs: Tensor) -> "list[KeptInput]":
+        """Begin to copy them to the host. They are taken together."""
+        kept = [KeptInput(self, x) for x in xs]
+        self._stack.append([weakref.ref(one) for one in kept])
         return kept
 
-    def prefetch(self, since: "KeptInput") -> None:
-        """Begin to fetch what was kept before `since`: the backward pass takes it next."""
-        while self._stack and self._stack.pop()() is not since:
+    def take_back(self, kept: "list[KeptInput]") -> list[Tensor]:
+        """The tensors, back on the device, once. Those that were kept before them, which the
+        backward pass takes next, begin to be fetched."""
+        for one in kept:
+            one.fetch()
+        while self._stack and self._stack.pop()[0]() is not kept[0]:
             pass
-        while self._stack and self._stack[-1]() is None:
+        while self._stack and self._stack[-1][0]() is None:
             self._stack.pop()  # its graph was dropped
         if self._stack:
-            self._stack[-1]().fetch()
+            for one in self._stack[-1]:
+                one().fetch()
+        return [one.take() for one in kept]
 
     def take(self, size: int) -> tuple[list[Tensor], Any]:
         """A host buffer and the event from which it may be written."""
@@ -137,37 +150,79 @@ def _memory(x: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """x -> run(x) of one part, with no graph inside. No randomness and no autocast: Wan has none.
+    """x -> run(x), of some thirds of a block, with no graph inside.
 
-    trigger: requires a gradient, as the first part's x does not. pool: None keeps x on the device.
+    No randomness and no autocast: Wan has none. trigger: requires a gradient, as the first block's
+    x does not. pool: None keeps x on the device.
     """
 
     @staticmethod
-    def forward(ctx, x, trigger, run, number, resident, pool):
-        with resident(number, number + 1):
+    def forward(ctx, x, trigger, run, thirds, resident, pool):
+        with resident(thirds, _after(thirds)):
             out = run(x.detach())  # one compiled graph, whether x has a gradient or not
         if pool is None:
             ctx.save_for_backward(x)
         else:
             ctx.kept = pool.keep(x)
-        ctx.run, ctx.number, ctx.resident, ctx.pool = run, number, resident, pool
+        ctx.run, ctx.thirds, ctx.resident, ctx.pool = run, thirds, resident, pool
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        if ctx.pool is not None:
-            ctx.kept.fetch()
-            ctx.pool.prefetch(since=ctx.kept)
-        with torch.enable_grad(), ctx.resident(ctx.number, ctx.number - 1):
-            (x,) = ctx.saved_tensors if ctx.pool is None else (ctx.kept.take(),)
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors if ctx.pool is None else ctx.pool.take_back(ctx.kept)
+        with torch.enable_grad(), ctx.resident(ctx.thirds, _before(ctx.thirds)):
             # Always with a gradient to x: one compiled graph then serves the first block too.
-            x = x.detach().requires_grad_()
-            out = ctx.run(x)
-            edge = torch.autograd.graph.get_gradient_edge(out)
-            del out  # its memory is not needed to go back
-            torch.autograd.backward(edge, grad)
-        return x.grad, None, None, None, None, None
+            x = _leaf(x)
+            edge = get_gradient_edge(ctx.run(x))  # what comes out is not needed to go back
+            torch.autograd.backward(edge, gradient)
+        return x.grad, *[None] * 5
+
+
+class _AttentionRecomputed(torch.autograd.Function):
+    """x -> mix(x, attention of project(x)), the first two thirds of a block, in the same way, but
+    for attention's forward pass: what it came to is kept beside x, and it is not repeated."""
+
+    @staticmethod
+    def forward(ctx, x, trigger, project, mix, first, resident, pool):
+        with resident([first], [first + 1]):
+            attended = Attended(project(x.detach()))
+        with resident([first + 1], [first + 2]):
+            out = mix(x.detach(), attended.out_of(attended.kept))
+        ctx.kept, attended.kept = pool.keep(x, *attended.kept), None
+        ctx.attended, ctx.project, ctx.mix, ctx.first = attended, project, mix, first
+        ctx.resident, ctx.pool = resident, pool
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, *kept = ctx.pool.take_back(ctx.kept)
+        with torch.enable_grad(), ctx.resident([ctx.first + 1], [ctx.first]):
+            mixed, out = _leaf(x), _leaf(ctx.attended.out_of(kept))
+            edge = get_gradient_edge(ctx.mix(mixed, out))
+            torch.autograd.backward(edge, gradient)
+        with torch.enable_grad(), ctx.resident([ctx.first], [ctx.first - 1]):
+            x = _leaf(x)
+            x.grad = mixed.grad
+            given = ctx.project(x)
+            edges, given = [get_gradient_edge(t) for t in given], [t.detach() for t in given]
+            gradients = ctx.attended.backward(out.grad, given, kept)
+            del given, kept, out
+            torch.autograd.backward(edges, gradients)
+        return x.grad, *[None] * 6
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _after(thirds: range) -> range:
+    return range(thirds.stop, thirds.stop + len(thirds))
+
+
+def _before(thirds: range) -> range:
+    return range(thirds.start - len(thirds), thirds.start)
 
 
 def recompute_blocks(
@@ -175,71 +230,90 @@ def recompute_blocks(
 ) -> None:
     """Put checkpointing into every block, for weights on the device or `transformer.streamed`.
 
-    offload: by thirds of a block, inputs in host memory; else by block, inputs on the device.
-    compiled: the parts' functions are compiled, each once for all blocks.
+    offload: by thirds of a block, what they keep in host memory; else by block, inputs on the
+    device. compiled: the parts' functions are compiled, each once for all blocks.
     """
     weights: StreamedWeights | None = getattr(transformer, "streamed", None)
-    parts = THIRDS if offload else (whole,)
     pool = KeptInputs(device) if offload else None
     transformer.kept_inputs = pool
     if weights is None:
-        resident: Resident = lambda number, then: nullcontext()  # noqa: E731
+        resident: Resident = lambda thirds, then: nullcontext()  # noqa: E731
     else:
         # offload: the third in use, the next one, the one just left; else two blocks
-        weights.slots = 3 if offload else 2 * len(THIRDS)
-        resident = partial(_resident, weights, len(THIRDS) // len(parts))
-    runs = [torch.compile(part) if compiled else part for part in parts]
+        weights.slots = THIRDS if offload else 2 * THIRDS
+        resident = partial(_resident, weights, THIRDS * len(transformer.blocks))
+    functions = (parts.project, parts.mix, parts.feed_forward) if offload else (parts.whole,)
+    functions = [torch.compile(each) if compiled else each for each in functions]
     for n, block in enumerate(transformer.blocks):
-        numbered = list(enumerate(runs, start=len(runs) * n))
-        last = len(runs) * len(transformer.blocks) - 1
-        block.forward = _forward(block, numbered, last, resident, pool)
+        in_parts(block)
+        thirds = range(THIRDS * n, THIRDS * (n + 1))
+        if offload:
+            block.forward = _by_thirds(block, functions, thirds, resident, pool)
+        else:
+            block.forward = _at_once(block, functions[0], thirds, resident)
 
 
 def _resident(
-    weights: StreamedWeights, units: int, number: int, then: int
+    weights: StreamedWeights, count: int, thirds: Iterable[int], then: Iterable[int]
 ) -> AbstractContextManager:
-    """units: how many of `weights` a part needs. A part that is none of the model's needs none."""
-
-    def of(part: int) -> range:
-        return range(max(part, 0) * units, min((part + 1) * units, len(weights)))
-
-    return weights.resident(of(number), of(then))
+    """then: without those that are none of the model's."""
+    return weights.resident(list(thirds), [third for third in then if 0 <= third < count])
 
 
-def _forward(
-    block: nn.Module,
-    runs: Sequence[tuple[int, Part]],
-    last: int,
-    resident: Resident,
-    pool: KeptInputs | None,
+def _at_once(
+    block: nn.Module, whole: Part, thirds: range, resident: Resident
 ) -> Callable[..., Tensor]:
-    """A block's forward through its numbered parts; last: the number of the model's last part."""
-    thirds = thirds_of(block)
-    share = len(thirds) // len(runs)
-    trained = [
-        any(
-            p.requires_grad
-            for third in thirds[share * k : share * (k + 1)]
-            for p in third.parameters()
-        )
-        for k in range(len(runs))
-    ]
-    trigger = torch.empty(0, requires_grad=True)
+    """A block's forward, all of it recomputed in one go, from its input on the device."""
+    adapted, trigger = _trained(block), torch.empty(0, requires_grad=True)
 
     def forward(x_BLD: Tensor, *rest: Any) -> Tensor:
-        assert not any(isinstance(t, Tensor) and t.requires_grad for t in rest)
-        for (number, part), adapted in zip(runs, trained, strict=True):
-            if torch.is_grad_enabled() and (x_BLD.requires_grad or adapted):
-                run = partial(_call, part, block, rest)
-                x_BLD = _Recomputed.apply(x_BLD, trigger, run, number, resident, pool)
-            else:  # no gradient work below the first adapter
-                following = 0 if number == last else number + 1
-                with torch.no_grad(), resident(number, following):
-                    x_BLD = part(block, x_BLD, *rest)
-        return x_BLD
+        run = _bound(whole, block, rest)
+        if torch.is_grad_enabled() and (x_BLD.requires_grad or adapted):
+            return _Recomputed.apply(x_BLD, trigger, run, thirds, resident, None)
+        with torch.no_grad(), resident(thirds, _after(thirds)):
+            return run(x_BLD)
 
     return forward
 
 
-def _call(part: Part, block: nn.Module, rest: Sequence[Any], x_BLD: Tensor) -> Tensor:
-    return part(block, x_BLD, *rest)
+def _by_thirds(
+    block: nn.Module,
+    functions: Sequence[Part],
+    thirds: range,
+    resident: Resident,
+    pool: KeptInputs,
+) -> Callable[..., Tensor]:
+    """A block's forward, by thirds."""
+    first, second, third = thirds
+    *attention, mlp = map(_trained, thirds_of(block))
+    trigger = torch.empty(0, requires_grad=True)
+
+    def forward(x_BLD: Tensor, *rest: Any) -> Tensor:
+        project, mix, feed_forward = (_bound(each, block, rest) for each in functions)
+        grad = torch.is_grad_enabled()
+        if grad and (x_BLD.requires_grad or any(attention)):
+            given = x_BLD, trigger, project, mix, first, resident, pool
+            x_BLD = _AttentionRecomputed.apply(*given)
+        else:  # no gradient work below the first adapter
+            with torch.no_grad():
+                with resident([first], [second]):
+                    out_BNLE = attend(*project(x_BLD))
+                with resident([second], [third]):
+                    x_BLD = mix(x_BLD, out_BNLE)
+        if grad and (x_BLD.requires_grad or mlp):
+            given = x_BLD, trigger, feed_forward, range(third, third + 1), resident, pool
+            return _Recomputed.apply(*given)
+        with torch.no_grad(), resident([third], [third + 1]):
+            return feed_forward(x_BLD)
+
+    return forward
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _bound(part: Part, block: nn.Module, rest: Sequence[Any]) -> Part:
+    """The part as a function of the tensors that come to it from the part before."""
+    assert not any(isinstance(t, Tensor) and t.requires_grad for t in rest)
+    return lambda *xs: part(block, *xs, *rest)
