@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tempolora.config import Config, ConfigError, load_config
+from tempolora.files import NO_ROOM
 from tempolora.launched import check_engine, place
 
 log = logging.getLogger("tempolora.cli")  # also as `python -m tempolora.cli`
@@ -36,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FloatingPointError, TimeoutError) as error:
         print(f"tempolora: stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"tempolora: {where}{error.strerror}; make room first", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name, synced, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of an OSError: the disk is full, or a limit is reached."""
 
 
 def cache_folder() -> Path:
@@ -21,7 +24,7 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path` atomically.
 
-    On an exception the temporary file is removed and `path` is as it was.
+    On an exception the temporary file is removed and `path` is as it was; an OSError names a file.
     """
     # not the process id: hosts and containers that share a folder repeat those
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -30,6 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails knows none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

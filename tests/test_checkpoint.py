@@ -118,6 +118,7 @@ def test_100_flipped_bits_and_missing_files_are_noticed_and_the_one_before_is_ta
 
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path):
-    with pytest.raises(ConfigError, match="not a whole checkpoint"):
+    with pytest.raises(ConfigError, match="not a whole checkpoint") as caught:
         checkpoint.open_checkpoint(tmp_path / "nothing")
+    assert str(caught.value).endswith("(manifest.json: No such file or directory)")
     assert checkpoint.latest(tmp_path / "nothing") is None

@@ -262,3 +262,20 @@ def test_without_a_config_and_without_data_the_toy_set_is_drawn(tmp_path):
     assert "no data found: drawing the toy set" in run.stderr
     assert (tmp_path / "tempolora_demo" / "clips" / "prompts.txt").is_file()
     assert (tmp_path / "tempolora_demo" / "out" / "report.html").is_file()
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    """The limit on a file's size fails a write as a full disk does."""
+    full = (
+        "import resource, sys; from tempolora import cli; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16)); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    out = tmp_path / "plan.json"
+    plan = ["plan", "--config", "configs/a14b.json", "--gpu-memory", "80", "--json", str(out)]
+    command = [sys.executable, "-c", full, *plan]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"tempolora: {out}: File too large; make room first\n",
+    )
+    assert not list(tmp_path.iterdir())

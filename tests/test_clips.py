@@ -1,6 +1,7 @@
 """The caption list names every mistake, and no file can take the run with it."""
 
 import json
+import resource
 from fractions import Fraction
 
 import numpy as np
@@ -254,6 +255,22 @@ def test_a_worker_that_crashes_fails_or_hangs_rejects_only_its_clip(
     monkeypatch.setattr(clips.subprocess, "Popen", other_worker)
     with pytest.raises(ClipRejected, match=says):
         read_clip(tmp_path / "a.mp4", SPEC, tmp_path / "w", 1 if "sleep" in does else TIMEOUT_S)
+
+
+def test_a_full_disk_is_no_fault_of_the_clip(tmp_path, monkeypatch):
+    """Rejected, it would be missing from a data set that looks whole."""
+    drawn(tmp_path / "a.mp4", 16, 2)
+    popen = clips.subprocess.Popen
+
+    def limited(command, **options):
+        limit = (resource.RLIMIT_FSIZE, (8192, 8192))
+        return popen(command, preexec_fn=lambda: resource.setrlimit(*limit), **options)
+
+    monkeypatch.setattr(clips.subprocess, "Popen", limited)
+    with pytest.raises(
+        ConfigError, match=r"a\.mp4: no room for its decoded .*\(File too large: .*w\)"
+    ):
+        read_clip(tmp_path / "a.mp4", SPEC, tmp_path / "w", TIMEOUT_S)
 
 
 def test_a_playlist_is_no_video_whatever_its_name(tmp_path):

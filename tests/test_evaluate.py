@@ -232,6 +232,7 @@ def test_bad_files_are_named_with_their_reason_and_the_others_measured(folders, 
     assert "damaged" in why["damaged.mp4"]
     page = Page(html)
     assert "Left out, 6 files" in page.text and "<b>&.mp4" in page.text and not page.all("b")
+    assert page.text.count("four.mp4") == 1
     assert sum("left out" in message for message in caplog.messages) == 6
 
 

@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tempolora"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"config", "files", "launched", "timebase", "variants", ""}
+BASE = {"config", "files", "launched", "progress", "timebase", "variants", ""}
 MAY_IMPORT = {
-    "rhythm": BASE - {"config", "files", "launched"} | {"rhythm"},
+    "rhythm": BASE - {"config", "files", "launched", "progress"} | {"rhythm"},
     "data": BASE | {"rhythm", "data"},
     "model": BASE | {"model"},
     "train": BASE | {"rhythm", "data", "model", "train"},

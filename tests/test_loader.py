@@ -1,11 +1,16 @@
 """The order of samples: a function of the seed and the draw, not of the processes."""
 
+import os
+import resource
+import signal
 from collections import Counter
 
 import pytest
+import torch
 
 from tempolora.config import ConfigError
 from tempolora.data.loader import batches, sample_of_draw
+from tempolora.train.step import Batch
 
 
 class Reader:
@@ -34,11 +39,12 @@ def run(
     seed=0,
     reader=None,
     groups=(range(10),),
+    collate=lambda drawn: drawn,
 ):
     return list(
         batches(
             reader or Reader(),
-            lambda drawn: drawn,
+            collate,
             groups=groups,
             seed=seed,
             batch_size=batch_size,
@@ -95,6 +101,59 @@ def test_a_damaged_sample_is_one_sentence_also_from_a_loader_process(workers):
     with pytest.raises(ConfigError) as caught:
         run(1, 0, workers=workers, reader=Reader(damaged=True))
     assert str(caught.value) == "shard x: bytes 1 to 2 are not what was written"
+
+
+def test_shared_memory_without_room_is_one_sentence_and_no_wait_for_ever():
+    """The limit on a file's size holds for shared memory too; it is the loader process's alone."""
+
+    def collate(drawn):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        tensors = ("latents_BCTHW", "noise_BCTHW", "sigma_B", "text_BLD", "onset_BF", "speed_B")
+        return Batch(keys=[], condition_BCTHW=None, **{name: torch.zeros(4096) for name in tensors})
+
+    def late(*_):
+        raise AssertionError("the loader waits for a batch that never comes")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"^data.workers: no room in shared memory .*too large"
+        ):
+            run(1, 0, workers=1, collate=collate)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_batch_from_a_loader_process_is_what_was_collated():
+    def collate(drawn):
+        ((draw, sample),) = drawn
+        values = torch.arange(3) + 10 * draw
+        return Batch([str(sample)], *[values.clone() for _ in range(4)], None, values, values)
+
+    here, there = (run(1, 0, workers=workers, collate=collate) for workers in (0, 2))
+    assert len(here) == len(there) == 12
+    for one, other in zip(here, there, strict=True):
+        assert one.keys == other.keys and other.condition_BCTHW is None
+        assert torch.equal(one.noise_BCTHW, other.noise_BCTHW)
+        assert torch.equal(one.onset_BF, other.onset_BF)
+
+
+def test_a_signal_to_a_loader_process_is_not_taken_for_the_trainers(tmp_path):
+    """Slurm sends SIGUSR1 to all processes of a job."""
+    heard = tmp_path / "heard"
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.touch())
+
+    def collate(drawn):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return drawn
+
+    try:
+        assert run(1, 0, workers=1, collate=collate) == run(1, 0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not heard.exists()
 
 
 def test_groups_take_turns_and_each_is_gone_through_whole():

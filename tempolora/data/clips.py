@@ -19,6 +19,8 @@ from tempolora import ConfigError
 
 log = logging.getLogger(__name__)
 
+FULL = 28  # exit code of a worker that has no room for its frames: no fault of the clip
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -34,7 +36,7 @@ class ClipRejected(Exception):
 
 
 class DecoderFailed(ClipRejected):
-    """The decoder did not finish: out of time, memory or disk. Another run may succeed."""
+    """The decoder did not finish: out of time or memory. Another run may succeed."""
 
 
 def list_clips(source: Path) -> list[Clip]:
@@ -219,7 +221,7 @@ def read_clip(
     """Decode `path` in a process of its own, which leaves its frames in the folder `workdir`.
 
     Raises ClipRejected with the reason that the worker found, and DecoderFailed where it crashed
-    or took longer than `timeout_s` seconds.
+    or took longer than `timeout_s` seconds, ConfigError where the disk is full.
     """
     path, workdir = Path(path), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -272,7 +274,8 @@ def run_worker(module: str, request: str, name: str, timeout_s: float) -> str:
     """Run `python -m module` with `request` on its stdin, in a process that may crash or hang.
 
     Returns the last line of its stderr, as an ending for a sentence. Raises DecoderFailed about
-    the file called `name` where it fails or takes longer than `timeout_s` seconds.
+    the file called `name` where it fails or takes longer than `timeout_s` seconds, and ConfigError
+    where it exits with FULL.
     """
     worker = subprocess.Popen(
         [sys.executable, "-m", module],
@@ -299,6 +302,10 @@ def run_worker(module: str, request: str, name: str, timeout_s: float) -> str:
     if worker.returncode < 0:
         cause = signal.Signals(-worker.returncode).name
         raise DecoderFailed(f"{name}: the decoder crashed with {cause}{said}")
+    if worker.returncode == FULL:
+        raise ConfigError(
+            f"{name}: no room for its decoded frames{said}; make room and give the command again"
+        )
     if worker.returncode:
         raise DecoderFailed(f"{name}: the decoder failed{said}")
     return said

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 
 from tempolora.data import resample
-from tempolora.data.clips import ClipRejected, Outline, Whole, WindowSpec
-from tempolora.files import sha256_of
+from tempolora.data.clips import FULL, ClipRejected, Outline, Whole, WindowSpec
+from tempolora.files import NO_ROOM, sha256_of
 
 try:
     import decord
@@ -64,6 +64,11 @@ def main() -> None:
         answer = decode(Path(request["path"]), spec, workdir)
     except ClipRejected as reason:
         answer = {"rejected": str(reason)}
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        sys.stderr.write(f"{error.strerror}: {workdir}\n")
+        sys.exit(FULL)
     partial = workdir / "clip.json.part"
     partial.write_text(json.dumps(answer), encoding="utf-8")
     os.replace(partial, workdir / "clip.json")
@@ -189,7 +194,7 @@ def outline(path: Path, stream: Stream, spec: Outline, workdir: Path) -> dict:
     height, width = max(1, round(scale * height)), max(1, round(scale * width))
     shape = (len(times_s), height, width, 3)
     file = "window_000.npy"
-    frames = np.lib.format.open_memmap(workdir / file, mode="w+", dtype=np.uint8, shape=shape)
+    frames = _frames_on_disk(workdir / file, shape)
     for index in range(len(times_s)):
         frames[index] = fit(get(index), height, width)
     frames.flush()
@@ -387,7 +392,7 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 def write_window(path: Path, make: Callable, picks: list, spec: WindowSpec) -> list[str]:
     """Make the frames of `picks` and write them to `path`, one at a time; their origins."""
     shape = (spec.num_frames, spec.height, spec.width, 3)
-    frames = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    frames = _frames_on_disk(path, shape)
     origins = []
     for k, pick in enumerate(picks):
         made = make(pick)
@@ -395,6 +400,15 @@ def write_window(path: Path, make: Callable, picks: list, spec: WindowSpec) -> l
         origins.append(made.origin)
     frames.flush()
     return origins
+
+
+def _frames_on_disk(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A file of frames to be filled. All its room is taken at once: where the disk were full later,
+    writing to memory would end the process with SIGBUS. Raises OSError."""
+    frames = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return frames
 
 
 def save_audio(path: Path, pts_s: np.ndarray, target: Path) -> dict:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tempolora.config import Config
 from tempolora.data.clips import Clip
@@ -25,6 +24,7 @@ from tempolora.data.readout import BANK, READOUT, read_checked, write_checked
 from tempolora.data.shards import read_indexes, read_latents, sample_key
 from tempolora.data.toy import KINDS, draw_scenes, render
 from tempolora.files import cache_folder, replacing, sha256_of
+from tempolora.progress import progress
 from tempolora.rhythm.probes import LEAST_COHERENCE
 from tempolora.rhythm.readout import Part, Readout, draw, fit, group_of
 from tempolora.rhythm.tempo import block_luminance, motion, power_spectrum
@@ -94,7 +94,7 @@ def write_parts(
         for path, facts, stored in _parts(folder, vae, clips, mine)
         if _read_part(path, facts) is None
     ]
-    for path, facts, stored in tqdm(todo, desc="readout", unit="clip", disable=None):
+    for path, facts, stored in progress(todo, what="readout", unit="clip"):
         path.parent.mkdir(exist_ok=True)
         part = _part_of(vae, stored.latents(), stored.key)
         write_checked(path, part.tensors(), facts)
@@ -262,7 +262,7 @@ def _drawn_parts(cfg: Config, vae: VaeCoder, count: int) -> list[Part]:
     """Parts of drawn clips, of known motion over known patterns."""
     height, width = (min(size, DRAWN_PX) for size in (cfg.data.height, cfg.data.width))
     parts = []
-    for number in tqdm(range(count), desc="drawn clips", unit="clip", disable=None):
+    for number in progress(range(count), what="drawn clips", unit="clip"):
         kinds = (KINDS[number % len(KINDS)],)
         (frames,) = render(
             draw_scenes(1, np.random.default_rng(number), kinds=kinds),
@@ -315,7 +315,7 @@ def _write_bank(folder: Path, readout: Readout) -> None:
     except ValueError as error:
         log.warning("%s: damaged (%s); it is made again", folder / BANK, error)
     power, moved = [], []
-    for key in tqdm(chosen, desc="rhythm bank", unit="clip", disable=None):
+    for key in progress(chosen, what="rhythm bank", unit="clip"):
         luma_BSHW = readout.luminance(stored[key].latents()[None])
         power.append(power_spectrum(luma_BSHW))
         moved.append(motion(luma_BSHW))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tempolora.config import ConfigError
 from tempolora.data.shards import Sample, ShardReader
@@ -62,7 +62,8 @@ def batches(
 
     groups: positions of the samples to draw from, in key order; draws take turns between the
     groups, so that small ones count as much as large ones. first_draw: draws that the run has
-    used up, on all processes together. Raises ConfigError for a damaged sample.
+    used up, on all processes together. Raises ConfigError for a damaged sample, and where a batch
+    does not fit into shared memory.
     """
     starts = (first_draw + (step * world + rank) * batch_size for step in range(microsteps))
     loader = DataLoader(
@@ -73,7 +74,7 @@ def batches(
         pin_memory=torch.cuda.is_available(),  # a batch that can be pinned is copied in no time
         # fork: the workers only read files, and spawn would import torch again in each of them
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_stop,
     )
     for batch in loader:
         if isinstance(batch, ConfigError):
@@ -84,10 +85,11 @@ def batches(
 STAY_S = 60  # enough for the step under way
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """In a reader: the SIGTERM that all processes of a job hear must not cost the step under way.
+def _outlive_stop(_worker: int) -> None:
+    """In a reader: signals that all processes of a job hear must not cost the step under way.
 
-    A second one ends it at once, the first after STAY_S.
+    A second SIGTERM ends it at once, the first after STAY_S. SIGUSR1 is the trainer's alone: by the
+    handler that comes with the fork a reader would say that it stops the run.
     """
 
     def stay(*_: object) -> None:
@@ -95,8 +97,28 @@ def _outlive_sigterm(_worker: int) -> None:
         signal.alarm(STAY_S)
 
     signal.signal(signal.SIGTERM, stay)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _collate_whole(collate: Callable[..., Any], drawn: list[Any]) -> Any:
     damaged = next((item for item in drawn if isinstance(item, ConfigError)), None)
-    return damaged or collate(drawn)
+    if damaged or get_worker_info() is None:
+        return damaged or collate(drawn)
+    return _shared(collate(drawn))
+
+
+def _shared(batch: Any) -> Any:
+    """In a reader: the batch in the shared memory by which it reaches the trainer, or the error.
+
+    torch would put it there on its way out, in a thread that prints a traceback where that fails
+    and drops the batch, for which the trainer would wait for ever.
+    """
+    if not hasattr(batch, "share_memory"):  # asked for as torch asks for `pin_memory`
+        return batch
+    try:
+        return batch.share_memory()
+    except RuntimeError as error:
+        return ConfigError(
+            f"data.workers: no room in shared memory for a batch ({error}); make /dev/shm larger "
+            "(docker run --shm-size=8g), or set data.workers=0"
+        )

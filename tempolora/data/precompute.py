@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.clips import (
@@ -46,6 +45,7 @@ from tempolora.data.shards import (
     write_manifest,
 )
 from tempolora.files import replacing, sha256_of
+from tempolora.progress import progress
 from tempolora.variants import NEGATIVE_PROMPT
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _spool_texts(job: _Job, encoders: Encoders, scratch: Path) -> dict[str, Path
     wanted = captions + [prompt for prompt in prompts if prompt not in captions]
     texts = {}
     if wanted:
-        with tqdm(total=len(wanted), desc="captions", unit="", disable=None) as bar:
+        with progress(what="captions", total=len(wanted), unit="") as bar:
             for prompt, text_LD in encoders.encode_texts(wanted):
                 texts[prompt] = scratch / f"{prompt_name(prompt)}.safetensors"
                 save_file({"text": text_LD.to(torch.bfloat16).contiguous()}, texts[prompt])
@@ -167,7 +167,7 @@ def _write_shards(job: _Job, encoders: Encoders, texts: dict[str, Path], scratch
     samples: list[Sample] = []
     index = ShardIndex(job.fingerprint)
     pace = Pace()
-    bar = tqdm(total=len(job.clips), desc="clips", unit="clip", disable=None)
+    bar = progress(what="clips", total=len(job.clips), unit="clip")
     # whatever ends this, what is being decoded and written comes to its end first
     ahead = closing(load_ahead(job.cfg, job.clips, scratch))
     with bar, ShardWriter(job.folder, job.rank) as writer, ahead as ready:

@@ -51,13 +51,14 @@ GROUPS = GRAD_SHARE, FLOW_BY_SIGMA, HELD_OUT_BY_SIGMA = (
     "held_out_by_sigma/",
 )
 OTHERS = {
+    "motion_to_clip": "Motion over the clip's",
     "grad_norm": "Gradient norm",
     "lr": "Learning rate",
     "sigma": "Mean sigma",
     "seconds": "Seconds per step",
     "samples_per_s": "Samples per second",
     "tokens_per_s": "Tokens per second",
-    "model_tflops": "Model TFLOP/s on each GPU",
+    "model_tflops": "Model TFLOP/s of the first process",
     "data_wait": "Share of a step spent waiting for data",
     "peak_gib": "Peak GPU memory in GiB",
 }

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from tempolora.config import ConfigError
 from tempolora.data.clips import ClipRejected, Whole, WindowSpec, read_clip
 from tempolora.files import replacing, write_json
+from tempolora.progress import progress
 from tempolora.results.evaluate_page import page
 from tempolora.results.measured import (
     AUDIO,
@@ -190,7 +190,7 @@ def _readable(
     Raises ConfigError where none can be read.
     """
     read, first_reason = 0, ""
-    for path in tqdm(paths, option.lstrip("-"), unit="video", disable=None):
+    for path in progress(paths, what=option.lstrip("-"), unit="video"):
         with tempfile.TemporaryDirectory(prefix="tempolora_evaluate_") as scratch:
             try:
                 video = read_video(path, Path(scratch), settings.decode_timeout_s, like)

@@ -28,10 +28,9 @@ def page(results: dict[str, Any]) -> str:
         f"band {low:g} to {high:g} Hz, cutoff {results['cutoff_hz']:g} Hz",
         f"relative to {how} in {reference}" if reference else "relative to nothing: no --reference",
     ]
-    skipped = [
-        f"{entry['file']} ({entry['folder']}): {entry['why']}" for entry in results["skipped"]
-    ]
-    notes = [f"Left out, {len(skipped)} files: " + "; ".join(skipped)] if skipped else []
+    skipped = [f"{entry['why']} ({entry['folder']})" for entry in results["skipped"]]
+    counted = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+    notes = [f"Left out, {counted}: " + "; ".join(skipped)] if skipped else []
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -17,7 +17,6 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tempolora.config import Config, ConfigError
 from tempolora.data.soundtrack import RATE_HZ
@@ -36,6 +35,7 @@ from tempolora.model.wan import (
     pad_text,
     predict_velocity,
 )
+from tempolora.progress import progress
 from tempolora.results.export import apply_lora_file, check_lora_file, read_metadata
 from tempolora.results.guide import Retime, Rhythm, heard, prepare
 from tempolora.results.names import EXPERTS, lora_file_name
@@ -107,7 +107,7 @@ def sample_latents(
     }
     current, expert = None, None
     timesteps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
-    for step, timestep in enumerate(tqdm(timesteps, desc="sampling", disable=None)):
+    for step, timestep in enumerate(progress(timesteps, what="sampling")):
         wanted, guidance = expert_at(variant, timestep)
         if wanted != current:
             expert = None

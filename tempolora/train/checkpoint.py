@@ -135,7 +135,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if sha256_of(folder / name) != digest:
                 raise ConfigError(f"{folder / name}: not what was written; use another checkpoint")
         return Checkpoint(folder, json.loads((folder / "state.json").read_bytes()))
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        why = f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror
+        raise ConfigError(f"{folder}: not a whole checkpoint ({why})") from None
+    except (ValueError, AttributeError) as error:
         raise ConfigError(f"{folder}: not a whole checkpoint ({error})") from None
 
 

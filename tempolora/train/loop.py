@@ -20,6 +20,7 @@ from tempolora.data.readout import load_bank, load_readout
 from tempolora.data.shards import HEARD, ShardReader, describe_sound, load_prompt
 from tempolora.model import lora, wan
 from tempolora.model.memory import free_memory, host_peak
+from tempolora.progress import progress
 from tempolora.rhythm.bank import Bank
 from tempolora.rhythm.readout import Readout
 from tempolora.train.anchor import Anchor
@@ -92,7 +93,7 @@ def train_expert(
         stack.callback(source.close)  # else readers live as long as an error's traceback
         saver = stack.enter_context(Saver(cfg, engine, world, facts, stop))
         metrics = stack.enter_context(_metrics(cfg, expert, done, world))
-        bar = stack.enter_context(progress(expert, done, train.max_steps, world))
+        bar = stack.enter_context(_progress(expert, done, train.max_steps, world))
         saver.before(done + 1)
         if not done and validation.due(0):
             metrics.write(0, validation.measure(objective, predict, world, prepare))
@@ -255,11 +256,11 @@ def _metrics(cfg: Config, expert: str, done: int, world: World) -> MetricsLog:
     return MetricsLog(out, expert, done, cfg.output.trackers, apart=world.seat is not None)
 
 
-def progress(expert: str, done: int, steps: int, world: World) -> tqdm:
-    """A bar on the first process; nothing on the others, and nothing where there is no terminal."""
-    hidden = None if world.is_main else True
+def _progress(expert: str, done: int, steps: int, world: World) -> tqdm:
+    """Of the first process; the others say nothing."""
     row = world.seat and world.seat.group  # below the other group's
-    return tqdm(total=steps, initial=done, desc=expert, unit="step", disable=hidden, position=row)
+    bar = {"total": steps, "initial": done, "unit": "step", "position": row}
+    return progress(what=expert, hidden=not world.is_main, **bar)
 
 
 def _average(ema: dict[str, Tensor], now: dict[str, Tensor], decay: float) -> None:

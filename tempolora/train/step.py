@@ -41,6 +41,10 @@ class Batch:
         """The same batch in pinned memory, whence `to` does not wait; the loader asks for it."""
         return self._each(Tensor.pin_memory)
 
+    def share_memory(self) -> "Batch":
+        """The same batch in memory that processes share; the loader asks for it."""
+        return self._each(Tensor.share_memory_)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = vars(self).items()
         return Batch(**{n: change(v) if isinstance(v, Tensor) else v for n, v in values})
