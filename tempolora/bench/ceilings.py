@@ -122,6 +122,7 @@ def floor_seconds(
         "matmuls": 0,
         "hosted": 0,
         "attention": again,
+        "offload": again,
         "full": again + best["forward"],
     }
     model = work.blocks * (2 * linear + best["forward"] + best["backward"])
