@@ -24,7 +24,8 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path` atomically.
 
-    On an exception the temporary file is removed and `path` is as it was; an OSError names a file.
+    On an exception the temporary file is removed and `path` is as it was; an OSError of a full disk
+    names it.
     """
     # not the process id: hosts and containers that share a folder repeat those
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -34,7 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails knows none
+        if error.errno in NO_ROOM and not error.filename:  # a write that fails knows of none
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from tempolora.config import ConfigError, load_config
 from tempolora.model.lora import add_lora, lora_parameters
+from tempolora.model.quick_parts import use_quick_parts
 from tempolora.model.wan import load_transformer, predict_velocity
 from tempolora.train import blocks, hosted
 from tempolora.train.engine import build_engine
@@ -31,7 +32,7 @@ LEVELS = {
 }
 
 
-def one_step(*sets, num_blocks=3):
+def one_step(*sets, num_blocks=3, quick=False):
     """LoRA gradients of one forward and backward, and bytes kept in between."""
     cfg = load_config(TOY, ["data.num_frames=33", "data.height=128", "data.width=128", *sets])
     transformer = load_transformer(cfg.model, "high", "cpu")
@@ -41,6 +42,8 @@ def one_step(*sets, num_blocks=3):
     for name, parameter in lora_parameters(transformer).items():
         if "lora_B" in name:  # so that gradients reach A as well
             parameter.data.normal_(0, 0.02, generator=generator)
+    if quick:
+        use_quick_parts(transformer, compiled=True)
     engine = build_engine("plain", cfg, transformer, World(0, 1, CPU))
     latents = torch.randn(1, *cfg.latent_shape, generator=generator)
     text = torch.randn(1, 512, transformer.config.text_dim, generator=generator)
@@ -94,6 +97,16 @@ def test_a_compiled_block_keeps_the_bytes_that_were_counted(without_inductor):
     counted = {level: 2 * kept_bytes(level, **sizes, text_tokens=text[level]) for level in found}
     for more, less in (("attention", "full"), ("matmuls", "attention")):
         assert found[more] - found[less] == pytest.approx(counted[more] - counted[less], rel=0.1)
+
+
+@pytest.mark.parametrize("level", ["full", "attention", "matmuls"])
+def test_quick_parts_keep_nothing_more(level, without_inductor):
+    """In bf16, where attention to the text is an operator of its own."""
+    sets = (*LEVELS[level], "train.compile=true", "model.base=bf16")
+    _, plain = one_step(*sets)
+    torch._dynamo.reset()
+    _, quick = one_step(*sets, quick=True)
+    assert 0 < quick <= plain
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SMALL, overrides
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tempolora.config import ConfigError, load_config
@@ -21,6 +22,7 @@ from tempolora.model import wan
 from tempolora.model.offload import HostMemory, Lane, StreamedWeights
 from tempolora.model.parts import in_parts, whole
 from tempolora.train import recompute
+from tempolora.train.attended import Attended
 from tempolora.train.engine import build_engine, choose_engine
 from tempolora.train.recompute import KeptInputs
 from tempolora.train.world import World
@@ -205,6 +207,17 @@ def test_self_attention_goes_forward_once_and_backward_once(settings, tinywan):
         engine.backward(loss)
     assert seen.counts[forward] == 3 * blocks
     assert seen.counts[f"{forward}_backward"] == 2 * blocks
+
+
+def test_an_attention_between_its_passes_holds_none_of_its_tensors():
+    given = [torch.randn(1, 20, 2, 64).transpose(1, 2) for _ in range(3)]
+    attended = Attended(given)
+    out = attended.out_of(attended.kept)
+    held = [StorageWeakRef(t.untyped_storage()) for t in (*given, *attended.kept)]
+    assert len(held) == 5  # with the sums of the rows
+    attended.kept = None
+    del given, out
+    assert all(ref.expired() for ref in held)
 
 
 def test_each_block_keeps_three_tensors_and_the_sums_of_its_attention(tinywan):

@@ -108,21 +108,23 @@ def attend(query_BNLE: Tensor, key_BNSE: Tensor, value_BNSE: Tensor) -> Tensor:
     fixed = not (key_BNSE.requires_grad or value_BNSE.requires_grad)
     half = query_BNLE.dtype in (torch.bfloat16, torch.float16)
     if fixed and half and query_BNLE.shape[-1] in WIDTHS:
-        return _OfQueries.apply(query_BNLE, key_BNSE, value_BNSE)
+        return text_attention(query_BNLE, key_BNSE, value_BNSE)
     return F.scaled_dot_product_attention(query_BNLE, key_BNSE, value_BNSE)
 
 
-class _OfQueries(torch.autograd.Function):
-    """Attention with a gradient for the queries alone."""
+# An operator of our own and no autograd.Function: of one torch 2.11 keeps a tensor in each compiled
+# block, whatever checkpointing says.
+@torch.library.custom_op("tempolora::text_attention", mutates_args=())
+def text_attention(query_BNLE: Tensor, key_BNSE: Tensor, value_BNSE: Tensor) -> Tensor:
+    """Attention with a gradient for the queries alone, (B, N, L, E) as they lie in memory."""
+    out_BNLE = F.scaled_dot_product_attention(query_BNLE, key_BNSE, value_BNSE)
+    like = torch.empty_like(query_BNLE)
+    return out_BNLE if out_BNLE.stride() == like.stride() else like.copy_(out_BNLE)
 
-    @staticmethod
-    def forward(ctx, query, key, value):
-        ctx.save_for_backward(query, key, value)
-        return F.scaled_dot_product_attention(query, key, value)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return query_gradient(gradient, *ctx.saved_tensors), None, None
+@text_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(query)
 
 
 @torch.library.custom_op("tempolora::query_gradient", mutates_args=(), device_types="cuda")
@@ -148,3 +150,14 @@ def _on_cpu(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tens
 @query_gradient.register_fake
 def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(query)
+
+
+def _keep(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _to_queries(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return query_gradient(gradient, *ctx.saved_tensors), None, None
+
+
+text_attention.register_autograd(_to_queries, setup_context=_keep)

@@ -42,6 +42,7 @@ class Attended:
         self._at = _position(seen, out.detach())
         self.kept = seen[len(given_BNLE) :]
         """What the backward pass must have again, in this order. The caller moves it elsewhere."""
+        seen.clear()  # the graph holds its hooks, and by `pack` all that is in here
 
     def out_of(self, kept: Sequence[Tensor]) -> Tensor:
         """The output (B, N, L, E), which is among them."""
