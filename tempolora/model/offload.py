@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempolora.model.parts import attend, feed_forward, in_parts, mix, project, thirds_of
+from tempolora.model.parts import (
+    GIVEN,
+    attend,
+    feed_forward,
+    in_parts,
+    mix,
+    normalise,
+    thirds_of,
+)
 
 CHUNK = 2**28  # bytes; torch rounds a pinned allocation up to a power of two, so these are ones
 ALIGNED = 256  # bytes; every matrix begins at a multiple, as compiled kernels expect
@@ -310,7 +318,9 @@ def _in_thirds(block: nn.Module, first: int, weights: StreamedWeights) -> Callab
     def forward(x_BLD: Tensor, *rest: Any) -> Tensor:
         assert not torch.is_grad_enabled(), "a streamed block alone has no backward pass"
         with weights.resident([first], then=[first + 1]):
-            given = project(block, x_BLD, *rest)
+            normed = normalise(block, x_BLD, *rest)
+            given = [part(block, normed, *rest) for part in GIVEN]
+        del normed
         out_BNLE = attend(*given)
         with weights.resident([first + 1], then=[first + 2]):
             x_BLD = mix(block, x_BLD, out_BNLE, *rest)

@@ -1,11 +1,12 @@
 """A Wan block as functions in a row, so that less than a block can be held at a time.
 
-    x -> project -> attend -> mix -> feed_forward
+    x -> normalise -> query, key, value -> attend -> mix -> feed_forward
 
-    project       x to query, key and value of self-attention
-    attend        these to its output; no weights
-    mix           x and that output to x with both attentions added
-    feed_forward  x with the MLP added
+    normalise          x to self-attention's input; no matrices
+    query, key, value  that to each of them
+    attend             these to self-attention's output; no weights
+    mix                x and that output to x with both attentions added
+    feed_forward       x with the MLP added
 
 Together they are the block's own forward, line for line (diffusers `transformer_wan.py:
 WanTransformerBlock.forward`). Blocks must have been given `SelfAttention` (`in_parts`).
@@ -31,13 +32,29 @@ def in_parts(block: nn.Module) -> None:
         block.attn1.set_processor(SelfAttention())
 
 
-def project(
-    block: nn.Module, x_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, (B, N, L, E), of the modulated norm of x."""
+def normalise(block: nn.Module, x_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any) -> Tensor:
+    """The modulated norm of x."""
     shift, scale, _ = _modulation(block, temb)[:3]
-    normed = (block.norm1(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
-    return block.attn1.processor.project(block.attn1, normed, rope)
+    return (block.norm1(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
+
+
+def query(
+    block: nn.Module, normed_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
+) -> Tensor:
+    """(B, N, L, E), turned."""
+    return block.attn1.processor.query(block.attn1, normed_BLD, rope)
+
+
+def key(block: nn.Module, normed_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any) -> Tensor:
+    """(B, N, L, E), turned."""
+    return block.attn1.processor.key(block.attn1, normed_BLD, rope)
+
+
+def value(
+    block: nn.Module, normed_BLD: Tensor, text_BLD: Tensor, temb: Tensor, rope: Any
+) -> Tensor:
+    """(B, N, L, E)."""
+    return block.attn1.processor.value(block.attn1, normed_BLD)
 
 
 def mix(
@@ -60,14 +77,19 @@ def feed_forward(
     return (x_BLD.float() + block.ffn(normed).float() * gate).type_as(x_BLD)
 
 
+GIVEN = query, key, value  # to attention
+
+
 def whole(block: nn.Module, x_BLD: Tensor, *rest: Any) -> Tensor:
     """All of them."""
-    x_BLD = mix(block, x_BLD, attend(*project(block, x_BLD, *rest)), *rest)
+    normed = normalise(block, x_BLD, *rest)
+    given = [part(block, normed, *rest) for part in GIVEN]
+    x_BLD = mix(block, x_BLD, attend(*given), *rest)
     return feed_forward(block, x_BLD, *rest)
 
 
 def thirds_of(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """What holds the matrices of project, of mix and of feed_forward: thirds of a block."""
+    """What holds the matrices of query, key and value, of mix, of feed_forward: block thirds."""
     first, second = block.attn1, block.attn2
     return (
         nn.ModuleList([first.to_q, first.to_k, first.to_v]),

@@ -63,17 +63,23 @@ class SelfAttention:
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As diffusers' processors are called."""
-        out_BNLE = F.scaled_dot_product_attention(*self.project(attn, x_BLD, rope))
-        return self.finish(attn, out_BNLE)
+        query, key = self.query(attn, x_BLD, rope), self.key(attn, x_BLD, rope)
+        value = self.value(attn, x_BLD)
+        return self.finish(attn, F.scaled_dot_product_attention(query, key, value))
 
-    def project(
-        self, attn: nn.Module, x_BLD: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (B, N, L, E)."""
+    def query(self, attn: nn.Module, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, N, L, E)."""
         query = attn.norm_q(attn.to_q(x_BLD)).unflatten(2, (attn.heads, -1))
+        return self.heads(rotate(query, *rope))
+
+    def key(self, attn: nn.Module, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, N, L, E)."""
         key = attn.norm_k(attn.to_k(x_BLD)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(x_BLD).unflatten(2, (attn.heads, -1))
-        return self.heads(rotate(query, *rope)), self.heads(rotate(key, *rope)), self.heads(value)
+        return self.heads(rotate(key, *rope))
+
+    def value(self, attn: nn.Module, x_BLD: Tensor) -> Tensor:
+        """(B, N, L, E)."""
+        return self.heads(attn.to_v(x_BLD).unflatten(2, (attn.heads, -1)))
 
     def finish(self, attn: nn.Module, out_BNLE: Tensor) -> Tensor:
         """What attention came to, through the last linear layer, (B, L, D)."""

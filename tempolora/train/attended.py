@@ -9,10 +9,11 @@ here: it is the one that torch chose.
 Shapes: B batch, N head, L token, E channel of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from tempolora.model.parts import attend
@@ -48,15 +49,42 @@ class Attended:
         """The output (B, N, L, E), which is among them."""
         return kept[self._at - len(self._given)]
 
-    def backward(
+    def back_from(
+        self, gradient_BNLE: Tensor, kept: Sequence[Tensor]
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A function of query, key and value as they were, whose result, (), stands for the output:
+        a backward pass from it is one from the output with this gradient. Once. Nothing of what is
+        given here lasts longer than attention's own backward pass, if the caller holds none."""
+        parcel = [gradient_BNLE, *kept]
+        return lambda *given_BNLE: _Replayed.apply(self, parcel, *given_BNLE)
+
+    def _backward(
         self, gradient_BNLE: Tensor, given_BNLE: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Gradients to query, key and value, which are as they were; so is `kept`. Once."""
+        """Gradients to query, key and value."""
         self._back = [*given_BNLE, *kept]
         try:
             return torch.autograd.grad(self._edge, self._given, gradient_BNLE)
         finally:
             self._back = None
+
+
+class _Replayed(torch.autograd.Function):
+    """Attention's backward pass in a graph of query, key and value that were computed again, so that
+    each of their gradients is gone as soon as it is used."""
+
+    @staticmethod
+    def forward(ctx, attended, parcel, *given):
+        ctx.attended, ctx.parcel = attended, parcel
+        ctx.save_for_backward(*given)
+        return given[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        gradient, *kept = ctx.parcel
+        ctx.parcel.clear()
+        return None, None, *ctx.attended._backward(gradient, ctx.saved_tensors, kept)
 
 
 class _Fresh(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 A block is recomputed as a whole, from its input on the GPU, or by thirds (`tempolora.model.parts`):
 
-    x -> project, attend -> out        x, out -> mix -> y        y -> feed_forward
+    x -> query, key, value, attend -> out        x, out -> mix -> y        y -> feed_forward
 
 x, out and y then go to pinned host memory and come back one third ahead of their use. A forward
 runs without a gradient; a backward fetches weights and inputs, runs it again with one and goes back
@@ -180,18 +180,20 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _AttentionRecomputed(torch.autograd.Function):
-    """x -> mix(x, attention of project(x)), the first two thirds of a block, in the same way, but
-    for attention's forward pass: what it came to is kept beside x, and it is not repeated."""
+    """x -> mix(x, attention of x's norm), the first two thirds of a block, in the same way, but for
+    attention's forward pass: what it came to is kept beside x, and it is not repeated."""
 
     @staticmethod
-    def forward(ctx, x, trigger, project, mix, first, resident, pool):
+    def forward(ctx, x, trigger, normalise, given, mix, first, resident, pool):
         with resident([first], [first + 1]):
-            attended = Attended(project(x.detach()))
+            normed = normalise(x.detach())
+            attended = Attended([part(normed) for part in given])
+            del normed
         with resident([first + 1], [first + 2]):
             out = mix(x.detach(), attended.out_of(attended.kept))
         ctx.kept, attended.kept = pool.keep(x, *attended.kept), None
-        ctx.attended, ctx.project, ctx.mix, ctx.first = attended, project, mix, first
-        ctx.resident, ctx.pool = resident, pool
+        ctx.normalise, ctx.given, ctx.mix = normalise, given, mix
+        ctx.attended, ctx.first, ctx.resident, ctx.pool = attended, first, resident, pool
         return out
 
     @staticmethod
@@ -204,13 +206,13 @@ class _AttentionRecomputed(torch.autograd.Function):
             torch.autograd.backward(edge, gradient)
         with torch.enable_grad(), ctx.resident([ctx.first], [ctx.first - 1]):
             x = _leaf(x)
-            x.grad = mixed.grad
-            given = ctx.project(x)
-            edges, given = [get_gradient_edge(t) for t in given], [t.detach() for t in given]
-            gradients = ctx.attended.backward(out.grad, given, kept)
-            del given, kept, out
-            torch.autograd.backward(edges, gradients)
-        return x.grad, *[None] * 6
+            x.grad, back = mixed.grad, ctx.attended.back_from(out.grad, kept)
+            del mixed, out, kept
+            normed = ctx.normalise(x)
+            edge = get_gradient_edge(back(*(part(normed) for part in ctx.given)))
+            del normed
+            torch.autograd.backward(edge)
+        return x.grad, *[None] * 7
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -242,7 +244,8 @@ def recompute_blocks(
         # offload: the third in use, the next one, the one just left; else two blocks
         weights.slots = THIRDS if offload else 2 * THIRDS
         resident = partial(_resident, weights, THIRDS * len(transformer.blocks))
-    functions = (parts.project, parts.mix, parts.feed_forward) if offload else (parts.whole,)
+    by_thirds = (parts.normalise, *parts.GIVEN, parts.mix, parts.feed_forward)
+    functions = by_thirds if offload else (parts.whole,)
     functions = [torch.compile(each) if compiled else each for each in functions]
     for n, block in enumerate(transformer.blocks):
         in_parts(block)
@@ -289,20 +292,23 @@ def _by_thirds(
     trigger = torch.empty(0, requires_grad=True)
 
     def forward(x_BLD: Tensor, *rest: Any) -> Tensor:
-        project, mix, feed_forward = (_bound(each, block, rest) for each in functions)
+        normalise, *given, mix, feed_forward = (_bound(each, block, rest) for each in functions)
         grad = torch.is_grad_enabled()
         if grad and (x_BLD.requires_grad or any(attention)):
-            given = x_BLD, trigger, project, mix, first, resident, pool
-            x_BLD = _AttentionRecomputed.apply(*given)
+            x_BLD = _AttentionRecomputed.apply(
+                x_BLD, trigger, normalise, given, mix, first, resident, pool
+            )
         else:  # no gradient work below the first adapter
             with torch.no_grad():
                 with resident([first], [second]):
-                    out_BNLE = attend(*project(x_BLD))
+                    normed = normalise(x_BLD)
+                    out_BNLE = attend(*(part(normed) for part in given))
+                    del normed
                 with resident([second], [third]):
                     x_BLD = mix(x_BLD, out_BNLE)
         if grad and (x_BLD.requires_grad or mlp):
-            given = x_BLD, trigger, feed_forward, range(third, third + 1), resident, pool
-            return _Recomputed.apply(*given)
+            own = range(third, third + 1)
+            return _Recomputed.apply(x_BLD, trigger, feed_forward, own, resident, pool)
         with torch.no_grad(), resident([third], [third + 1]):
             return feed_forward(x_BLD)
 
