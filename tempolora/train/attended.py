@@ -70,8 +70,8 @@ class Attended:
 
 
 class _Replayed(torch.autograd.Function):
-    """Attention's backward pass in a graph of query, key and value that were computed again, so that
-    each of their gradients is gone as soon as it is used."""
+    """Attention's backward pass in a graph of query, key and value that were computed again, whose
+    gradients are then gone as soon as they are used."""
 
     @staticmethod
     def forward(ctx, attended, parcel, *given):
