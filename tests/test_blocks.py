@@ -109,6 +109,16 @@ def test_quick_parts_keep_nothing_more(level, without_inductor):
     assert 0 < quick <= plain
 
 
+@pytest.mark.parametrize("base", ["fp8", "nf4"])
+def test_a_rounded_base_keeps_nothing_more_under_full_checkpointing(base, without_inductor):
+    """Whose products are autograd functions."""
+    sets = (*LEVELS["full"], "train.compile=true")
+    _, plain = one_step(*sets, "model.base=bf16")
+    torch._dynamo.reset()
+    _, rounded = one_step(*sets, f"model.base={base}")
+    assert 0 < rounded <= plain
+
+
 @pytest.mark.slow
 def test_blocks_of_one_level_share_a_compilation_and_those_on_the_host_have_its_gradients(
     without_inductor, monkeypatch

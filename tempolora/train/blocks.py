@@ -91,7 +91,7 @@ def prepare_blocks(
             forward = _with_fastest_attention(forward)  # in the recomputation as well
         # Inside the compiled block, and inside FSDP's hooks: weights gathered for a block's
         # backward serve its recomputation too.
-        forward = _recomputed(forward, level)
+        forward = _recomputed(forward, level, compiled)
         if compiled:
             forward = torch.compile(forward, dynamic=False)
             if device.type == "cuda":
@@ -159,19 +159,27 @@ def _kept_blocks(
     return kept
 
 
-def _recomputed(forward: Callable[..., Tensor], level: str) -> Callable[..., Tensor]:
+def _recomputed(
+    forward: Callable[..., Tensor], level: str, compiled: bool
+) -> Callable[..., Tensor]:
     """`forward` with gradient checkpointing. A plain function: a functools.partial in its place
     makes torch.compile pass the whole block over in silence."""
     if level == "none":
         return forward
     options = {"use_reentrant": False}
-    if level != "full":
-        options["context_fn"] = _keep_attention if level == "attention" else _keep_matmuls
+    # Left to itself torch 2.11's compiler keeps what an autograd.Function returns, as is every 8-bit
+    # and 4-bit product.
+    if level != "full" or compiled:
+        options["context_fn"] = _KEEP.get(level, _keep_matmuls)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return checkpoint(forward, *args, **options, **kwargs)
 
     return run
+
+
+def _keep_nothing():
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def _keep_attention():
@@ -182,7 +190,8 @@ def _keep_matmuls():
     return create_selective_checkpoint_contexts(_policy(worth=WORTH_KEEPING))
 
 
-for _level in (_keep_attention, _keep_matmuls):  # what torch's compile cache knows them by
+_KEEP = {"full": _keep_nothing, "attention": _keep_attention}
+for _level in (*_KEEP.values(), _keep_matmuls):  # what torch's compile cache knows them by
     _level.cache_hash = f"tempolora.train.blocks.{_level.__name__}.2"
 
 

@@ -421,6 +421,7 @@ def other_peaks(cfg: Config, settings: Settings) -> dict[str, float]:
     weights = work.weights(base)
     decoded = pixels
     if host:
+        flight += 3 * BF16 * work.tokens * work.width  # query and key are turned in fp32
         weights = hosted_weights(work, base, 3)
         text = TEXT_EMBEDDING + 3 * (TEXT_ENCODER - TEXT_EMBEDDING) / TEXT_BLOCKS
         decoded = min(pixels, TILE_PIXELS)

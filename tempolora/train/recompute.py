@@ -9,23 +9,23 @@ runs without a gradient; a backward fetches weights and inputs, runs it again wi
 through that at once, so that no graph ever refers to weights that have left. Attention alone, the
 dearest of all by far, is not run again (`tempolora.train.attended`). Parts may be compiled.
 
-Memory of the A14B at 49x576x1024 (29,952 tokens, bf16, rank 16 on self-attention), counted in
-tensors (tokens, 5120) of 0.29 GiB while the MLP, the largest third, goes backward:
+Memory of the A14B at 49x576x1024 (29,952 tokens, bf16), in tensors (tokens, 5120) of 0.29 GiB, while
+attention goes backward:
 
-    its input, the norm of it, the incoming gradient and its own            4
-    of 2.7 each: the hidden layer before and after its activation, the
-    gradients of both                                                      11
-    x and out of attention, being fetched                                   2
-    together                                                               17   4.8 GiB
-    three slots of 0.26 GiB for thirds of blocks                                0.8 GiB
-    weights outside the matrices of the blocks                                  0.5 GiB
-    adapters, their gradients and optimizer states                              0.4 GiB
-    in all                                                                      6.5 GiB
+    x, its gradient so far, the incoming gradient              3
+    out and its gradient                                       2
+    the norm of x, query and key before theirs                 3
+    query, key, value and their gradients                      6
+    attention's own float32 sums                               2
+    y of the block before, being fetched                       1
+    together                                                  17   4.9 GiB
+    three slots of 0.26 GiB for thirds of blocks                   0.8 GiB
+    weights outside the matrices of the blocks, the rest           0.6 GiB
+    in all                                                         6.3 GiB
 
-While attention goes backward: x, out, q and k before their norm, q, k, v 7; the gradients of x,
-out, q, k, v 5; its float32 sums 2; y of the block before 1: 15. A whole block at a time needs about
-24 and six slots: 9.6 GiB. When the next third's input alone was fetched (16 of the above), and
-attention repeated, an H200 had 6.1 GiB allocated and 7.2 reserved under a cap of 7.3.
+An H200 had 17.1 of them, 9.1 while mix and 10.4 while the MLP went backward; 6.4 GiB allocated and 7.3
+reserved under a cap of 7.3 (docs/performance.md). One compiled graph for query, key and value would
+take four more.
 """
 
 import weakref
