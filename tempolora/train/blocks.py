@@ -167,8 +167,8 @@ def _recomputed(
     if level == "none":
         return forward
     options = {"use_reentrant": False}
-    # Left to itself torch 2.11's compiler keeps what an autograd.Function returns, as is every 8-bit
-    # and 4-bit product.
+    # Left to itself torch 2.11's compiler keeps what an autograd.Function returns, and such are all
+    # 8-bit and 4-bit products.
     if level != "full" or compiled:
         options["context_fn"] = _KEEP.get(level, _keep_matmuls)
 

@@ -9,8 +9,8 @@ runs without a gradient; a backward fetches weights and inputs, runs it again wi
 through that at once, so that no graph ever refers to weights that have left. Attention alone, the
 dearest of all by far, is not run again (`tempolora.train.attended`). Parts may be compiled.
 
-Memory of the A14B at 49x576x1024 (29,952 tokens, bf16), in tensors (tokens, 5120) of 0.29 GiB, while
-attention goes backward:
+Memory of the A14B at 49x576x1024 (29,952 tokens, bf16), in tensors (tokens, 5120) of 0.29 GiB,
+while attention goes backward:
 
     x, its gradient so far, the incoming gradient              3
     out and its gradient                                       2
@@ -23,9 +23,9 @@ attention goes backward:
     weights outside the matrices of the blocks, the rest           0.6 GiB
     in all                                                         6.3 GiB
 
-An H200 had 17.1 of them, 9.1 while mix and 10.4 while the MLP went backward; 6.4 GiB allocated and 7.3
-reserved under a cap of 7.3 (docs/performance.md). One compiled graph for query, key and value would
-take four more.
+An H200 had 17.1 of them, 9.1 while mix and 10.4 while the MLP went backward; 6.4 GiB allocated and
+7.3 reserved under a cap of 7.3 (docs/performance.md). One compiled graph for query, key and value
+would take four more.
 """
 
 import weakref
