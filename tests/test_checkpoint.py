@@ -122,3 +122,10 @@ def test_a_folder_that_is_none_is_one_sentence(tmp_path):
         checkpoint.open_checkpoint(tmp_path / "nothing")
     assert str(caught.value).endswith("(manifest.json: No such file or directory)")
     assert checkpoint.latest(tmp_path / "nothing") is None
+
+
+def test_where_no_checkpoint_is_whole_a_run_does_not_start_over_by_itself(tmp_path):
+    for step in (2, 4):
+        (write(tmp_path, step) / "lora.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole.*--resume none"):
+        checkpoint.latest(tmp_path)

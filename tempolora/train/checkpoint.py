@@ -143,12 +143,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; damaged ones are passed over with a warning."""
-    for folder in reversed(_folders(root)):
+    """The newest whole checkpoint, None where there is none at all; damaged ones are passed over
+    with a warning. Raises ConfigError where all are: what was trained must not be lost in silence.
+    """
+    folders = _folders(root)
+    for folder in reversed(folders):
         try:
             return open_checkpoint(folder)
         except ConfigError as error:
             log.warning("%s; trying the one before", error)
+    if folders:
+        raise ConfigError(
+            f"--resume: no checkpoint in {root} is whole, as said above; bring one back, or start "
+            "over with --resume none, which keeps what is there in previous-1"
+        )
     return None
 
 

@@ -56,11 +56,12 @@ def find_resume(
     """The checkpoint each expert goes on from, by what `--resume auto | none | FOLDER` means.
 
     processes: how many train each expert. A folder is one expert's; the others go on from their
-    newest. Raises ConfigError where a checkpoint does not fit this run, naming the setting.
+    newest. Raises ConfigError where a checkpoint does not fit this run, naming the setting, and
+    where an expert has checkpoints of which none is whole.
     """
     if resume == "none":
         return {}
-    found = {expert: checkpoint.latest(checkpoint_root(cfg, expert)) for expert in cfg.experts}
+    starts = {}
     if resume != "auto":
         given = checkpoint.open_checkpoint(Path(resume))
         expert = given.state["expert"]
@@ -69,8 +70,10 @@ def find_resume(
                 f"--resume: {resume} is of the {expert} expert, this run trains "
                 f"{' and '.join(cfg.experts)}"
             )
-        found[expert] = given
-    starts = {expert: start for expert, start in found.items() if start}
+        starts[expert] = given
+    for expert in cfg.experts:
+        if expert not in starts and (newest := checkpoint.latest(checkpoint_root(cfg, expert))):
+            starts[expert] = newest
     for expert, start in starts.items():
         _refuse_other_run(cfg, expert, start, processes[expert])
         log.info("%s: goes on after step %d (%s)", expert, start.state["step"], start.folder)
